@@ -1,0 +1,105 @@
+"""
+Configurations: a dataclass of knobs, filled from TOML files and --key=value arguments, the later winning.
+
+    cfg = parse(Config, sys.argv[1:])        # config/demo.toml --learning_rate=3e-4 --compile=False
+
+The comment behind a field is its help text. All that is wrong with a configuration is reported in one message.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import tomllib
+import types
+import typing
+
+
+class UserError(Exception):
+    """Something that the user can put right; its text says what is wrong and what to do."""
+
+
+def cli(main):
+    """Run main(arguments); a UserError ends the process with its text on standard error and exit code 1."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(cls, arguments):
+    """An instance of the dataclass cls. Raises UserError naming every unknown key, wrong type and refused value."""
+    if "-h" in arguments or "--help" in arguments:
+        print(help_text(cls))
+        sys.exit(0)
+    types_, values, problems = typing.get_type_hints(cls), {}, []
+
+    def assign(key, value, where):
+        if key not in types_:
+            near = difflib.get_close_matches(key, types_, n=1)
+            problems.append(f"{where}: no knob is named {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            return
+        try:
+            values[key] = convert(value, types_[key])
+        except ValueError:
+            problems.append(f"{where}: {key}={value!r} is not {describe(types_[key])}")
+
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and equals:
+            assign(key, value, "command line")
+        elif argument.endswith(".toml"):
+            for key, value in read_toml(argument).items():
+                assign(key, value, argument)
+        else:
+            problems.append(f"command line: {argument!r} is neither a FILE.toml nor --key=value")
+    try:
+        config = cls(**values)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def read_toml(path):
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def convert(value, type_):
+    """value, a TOML value or a command line's text, as type_. Raises ValueError."""
+    if isinstance(type_, types.UnionType):  # X | None
+        return None if value == "None" else convert(value, type_.__args__[0])
+    if isinstance(value, str) and type_ is bool:
+        return {"true": True, "false": False}.get(value.lower()) if value.lower() in ("true", "false") else int("")
+    if isinstance(value, str) and type_ in (int, float):
+        return type_(value)
+    if type_ is float and type(value) is int:
+        return float(value)
+    if type(value) is not type_:
+        raise ValueError
+    return value
+
+
+def describe(type_):
+    if isinstance(type_, types.UnionType):
+        return f"{describe(type_.__args__[0])} or None"
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[type_]
+
+
+def help_text(cls):
+    """The module's docstring, then a line a knob: name, default, meaning."""
+    lines = [inspect.getdoc(sys.modules[cls.__module__]), "", "knobs (--name=value):"]
+    meanings = {}
+    for base in reversed(cls.__mro__[:-1]):
+        meanings |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
+    for field in dataclasses.fields(cls):
+        lines.append(f"  {field.name + '=' + str(field.default):34} {meanings[field.name]}")
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""
+The shard format: tokenized text on disk, and the order in which training reads it.
+
+A folder data/NAME holds train_000.npy, train_001.npy, ..., val_000.npy, ... and meta.json. A shard is a flat array of
+token ids, uint16 when the vocabulary fits and uint32 otherwise, and every document in it ends with the end-of-text
+token. meta.json is written last, so a folder without it is unfinished.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+
+import numpy as np
+import tiktoken
+
+from configurator import UserError
+
+
+@functools.cache
+def get_tokenizer(name):
+    """
+    "bytes" (256 bytes and end-of-text, nothing to download) or any name that tiktoken knows, as a tiktoken.Encoding.
+    Raises UserError for an unknown name, or for one that is neither cached nor to be downloaded.
+    """
+    if name == "bytes":
+        singles = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding(name, pat_str=r"(?s).{1,32}", mergeable_ranks=singles, special_tokens={"<|endoftext|>": 256})
+    if name not in (known := tiktoken.list_encoding_names()):
+        raise UserError(f"tokenizer {name!r} is none of bytes, {', '.join(known)}")
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:
+        raise UserError(
+            f"tokenizer {name} is not cached and cannot be downloaded ({type(error).__name__}): connect to the network "
+            "once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or take --tokenizer bytes"
+        ) from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the place of path when the block ends well: complete or not at all, and on the disk."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+class Writer:
+    """Collects the tokens of one split and writes a shard whenever shard_tokens are there."""
+
+    def __init__(self, folder, split, dtype, shard_tokens):
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.buffer, self.used, self.shards = np.empty(shard_tokens, dtype), 0, []
+
+    def add(self, tokens):
+        while len(tokens):
+            n = min(len(tokens), self.shard_tokens - self.used)
+            self.buffer[self.used : self.used + n] = tokens[:n]
+            self.used, tokens = self.used + n, tokens[n:]
+            if self.used == self.shard_tokens:
+                self.flush()
+
+    def flush(self):
+        """Write what is left, if anything, as the last shard."""
+        if self.used:
+            name, tokens = f"{self.split}_{len(self.shards):03d}.npy", self.buffer[: self.used]
+            with replacing(os.path.join(self.folder, name)) as file:
+                np.save(file, tokens)
+            self.shards.append(dict(file=name, tokens=self.used, sha256=sha256(os.path.join(self.folder, name))))
+            self.used = 0
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_meta(folder):
+    """The folder's meta.json as a dict. Raises UserError if there is none."""
+    try:
+        with open(os.path.join(folder, "meta.json")) as file:
+            return json.load(file)
+    except OSError:
+        name = os.path.basename(folder)
+        raise UserError(f"no finished data set in {folder}: run python prepare.py {name}") from None
+
+
+class Split:
+    """
+    One split of a data set, memory-mapped, read as windows of block_size + 1 tokens: inputs and, one further, targets.
+
+    The training order is a pure function of the seed. Sample i belongs to epoch i // n; each epoch cuts the text at a
+    fresh offset into n windows that don't overlap and visits them in a fresh permutation. Nothing is carried from
+    call to call, so a resumed run reads on where it stopped, whatever the number of processes.
+    """
+
+    def __init__(self, folder, split, block_size, seed=0):
+        shards = read_meta(folder)["shards"][split]
+        self.shards = [np.load(os.path.join(folder, shard["file"]), mmap_mode="r") for shard in shards]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.block_size, self.seed, self.epoch = block_size, seed, None
+        if len(self) < block_size + 1:
+            raise UserError(
+                f"{folder}: the {split} split has {len(self)} tokens, a window needs block_size + 1 = {block_size + 1}: "
+                "prepare more text or lower block_size"
+            )
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def read(self, start, n):
+        """n tokens from start on, across shards."""
+        first, last = np.searchsorted(self.starts, [start, start + n - 1], side="right") - 1
+        parts = [self.shards[s][max(start - self.starts[s], 0) : start + n - self.starts[s]] for s in range(first, last + 1)]
+        return np.concatenate(parts)
+
+    def windows(self, starts):
+        """inputs, targets: int64, (len(starts), block_size)."""
+        rows = np.stack([self.read(start, self.block_size + 1) for start in starts]).astype(np.int64)
+        return rows[:, :-1], rows[:, 1:]
+
+    def batch(self, samples):
+        """The training windows with these numbers in the endless order."""
+        return self.windows([self.start(i) for i in samples])
+
+    def start(self, i):
+        n = max(1, (len(self) - 1) // self.block_size - 1)  # one less than fit, to leave room for the offset
+        epoch, i = divmod(i, n)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.offset = epoch, rng.integers(min(self.block_size, len(self) - n * self.block_size))
+            self.order = rng.permutation(n)
+        return int(self.offset + self.order[i] * self.block_size)
+
+    def fixed(self, count):
+        """Starts of at most count evenly spaced windows that don't overlap: the same ones at every evaluation."""
+        n = (len(self) - 1) // self.block_size
+        count = min(count, n)
+        return [i * n // count * self.block_size for i in range(count)]

@@ -1,0 +1,259 @@
+"""What a run of train.py and sample.py promises, with tiny models."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+import train
+from configurator import UserError, parse
+from experiments import plot
+from model import GPT, VARIANTS, GPTConfig
+
+ROOT = Path(__file__).resolve().parent
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, batch_size=4, gradient_accumulation_steps=2, warmup_iters=3,
+            eval_iters=2, log_interval=1, compile=False, dropout=0.1, learning_rate=1e-2)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data set of 3,000 bytes: an epoch is 84 windows, 10.5 steps."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(1, 140)))
+    run("prepare.py", "squares", "--input", folder / "text.txt", "--out", folder)
+    return folder
+
+
+def run(*command, code=0, launcher=(sys.executable,), **env):
+    """A command of the project as a second process: its standard output or, if it is to fail, its standard error."""
+    done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | env,
+                          stdin=subprocess.DEVNULL, timeout=300)  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
+
+
+def fit(data, out_dir, **knobs):
+    """A run in this process: its final checkpoint and its metrics."""
+    cfg = TINY | dict(data_dir=str(data), dataset="squares", out_dir=str(out_dir)) | knobs
+    train.main([f"--{k}={v}" for k, v in cfg.items()])
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    return checkpoint.load(Path(out_dir) / "ckpt.pt"), [json.loads(line) for line in lines]
+
+
+def losses(metrics):
+    return [(m["step"], m.get("train_loss"), m.get("val_loss")) for m in metrics]
+
+
+def assert_same_tensors(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_learns_and_says_so(data, tmp_path, optimizer):
+    state, metrics = fit(data, tmp_path, max_iters=60, eval_interval=20, optimizer=optimizer, variant="NagMHA")
+    trained, evaluated = ([m for m in metrics if key in m] for key in ("train_loss", "val_loss"))
+    assert [m["step"] for m in evaluated] == [0, 20, 40, 60] and [m["step"] for m in trained] == list(range(60))
+    assert evaluated[0]["val_loss"] == pytest.approx(math.log(257), rel=0.03)
+    assert evaluated[-1]["val_loss"] < 2.6 and trained[-1]["train_loss"] < 2.4
+    assert trained[-1]["tokens"] == evaluated[-1]["tokens"] == 60 * 8 * 32
+    for key in ("lr", "grad_norm", "tokens_per_second", "memory_gb", "seconds"):
+        assert trained[-1][key] > 0
+    # a byte is a token here, but for the end of the one document
+    assert evaluated[-1]["val_bits_per_byte"] == pytest.approx(evaluated[-1]["val_loss"] / math.log(2), rel=0.01)
+    best = checkpoint.load(tmp_path / "best.pt")
+    assert best["best_loss"] == min(m["val_loss"] for m in evaluated)
+    # the validation loss is that of the saved weights, in full precision as well
+    model = GPT(GPTConfig(**state["model_config"])).eval()
+    model.load_state_dict(state["model"])
+    split = train.Split(data / "squares", "val", 32)
+    x, y = map(torch.from_numpy, split.windows(split.fixed(8)))
+    assert model(x, y)[1].item() == pytest.approx(evaluated[-1]["val_loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(data, tmp_path, variant):
+    """Weights, optimizer and losses bitwise, with dropout, across the edge of an epoch, stopped twice."""
+    knobs = dict(variant=variant, eval_interval=7, lr_decay_iters=20)
+    whole, expected = fit(data, tmp_path / "whole", max_iters=20, **knobs)
+    for start, max_iters in (("scratch", 7), ("resume", 14), ("resume", 20)):
+        parts, metrics = fit(data, tmp_path / "parts", max_iters=max_iters, init_from=start, **knobs)
+    assert_same_tensors(parts["model"], whole["model"])
+    assert_same_tensors(parts["optimizers"][0]["state"], whole["optimizers"][0]["state"])
+    assert losses(metrics) == losses(expected)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(data, tmp_path):
+    """torchrun with gloo, against one process with the same global batch; and compiled, against not."""
+    knobs = TINY | dict(data_dir=data, dataset="squares", max_iters=5, eval_interval=5, dropout=0, dtype="float32")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    for name, launcher, extra in (
+        ("one", (sys.executable,), {}),
+        ("two", torchrun, {}),
+        ("compiled", (sys.executable,), dict(compile=True)),
+    ):
+        flags = [f"--{k}={v}" for k, v in (knobs | extra | dict(out_dir=tmp_path / name)).items()]
+        run("train.py", *flags, launcher=launcher, OMP_NUM_THREADS="1")
+    one, *others = (checkpoint.load(tmp_path / name / "ckpt.pt") for name in ("one", "two", "compiled"))
+    for other in others:
+        torch.testing.assert_close(one["model"], other["model"], rtol=1e-4, atol=2e-5)
+        assert other["best_loss"] == pytest.approx(one["best_loss"], rel=1e-5)
+
+
+def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    state, _ = fit(data, tmp_path, max_iters=1, compile=True)
+    assert state["step"] == 1 and capsys.readouterr().out.count("no compiler here") == 1
+
+
+def test_optimizer_groups_cover_every_parameter_once():
+    model = GPT(
+        GPTConfig(
+            variant="NagMHA", curvature="light", learned="beta eta", **{k: TINY[k] for k in ("n_layer", "n_head", "n_embd")}
+        )
+    )
+    for optimizer in ("adamw", "muon"):
+        cfg = parse(train.Config, [f"--optimizer={optimizer}", "--scalar_learning_rate=6e-5"])
+        groups = [g for opt in train.optimizers(model, cfg, "cpu") for g in opt.param_groups]
+        names = {p: n for n, p in model.named_parameters()}
+        assert sorted(names[p] for g in groups for p in g["params"]) == sorted(names.values())
+        for g in groups:
+            for p in g["params"]:
+                scalar = names[p].endswith("raw")
+                assert g["peak"] == pytest.approx(0.1 if scalar else 1)
+                assert (g["weight_decay"] > 0) == (p.dim() == 2 and not scalar)
+        assert (optimizer == "muon") == any("c_fc" in names[p] for p in groups[-1]["params"] if len(groups) == 4)
+
+
+def test_learning_rate_schedule():
+    cfg = parse(train.Config, ["--warmup_iters=10", "--max_iters=110", "--learning_rate=1", "--min_lr=0.1"])
+    rates = [train.learning_rate(step, cfg) for step in range(130)]
+    assert rates[0] == 0.1 and rates[9] == 1 and max(rates) == 1
+    assert rates[60] == pytest.approx(0.55) and all(rate == pytest.approx(0.1) for rate in rates[110:])
+    assert {train.learning_rate(s, parse(train.Config, ["--decay_lr=False"])) for s in range(99)} == {6e-4}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2's weights
+
+
+def test_released_weights_load_through_transformers(data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, activation_function="gelu")).eval()
+    theirs.save_pretrained(tmp_path / "gpt2")
+    state, metrics = fit(data, tmp_path / "out", init_from=tmp_path / "gpt2", max_iters=1, dtype="float32")
+    split = train.Split(data / "squares", "val", 32)
+    x, y = map(torch.from_numpy, split.windows(split.fixed(8)))
+    loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+    assert metrics[0]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    fit(data, out, max_iters=60, eval_interval=60, n_embd=32, dropout=0)
+    return out
+
+
+def test_sample(trained, tmp_path, capsys):
+    def text(*flags):
+        sample.main([f"--out_dir={trained}", "--max_new_tokens=40", *flags])
+        return capsys.readouterr().out
+
+    assert text("--start=17 times ").startswith("17 times ")
+    assert text("--temperature=0", "--seed=1") == text("--temperature=0", "--seed=2")
+    assert text("--seed=1") == text("--seed=1") != text("--seed=2")
+    assert text("--num_samples=3").count("---------------") == 2
+    assert text("--start=naïve 東 ", "--top_k=1000").startswith("naïve 東 ")
+    (tmp_path / "prompt").write_text("x" * 100)  # longer than block_size
+    assert text(f"--start=FILE:{tmp_path / 'prompt'}").startswith("x" * 100)
+    assert run("sample.py", f"--out_dir={trained}", "--max_new_tokens=40", "--start=3 times") == text("--start=3 times")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input: one clear error, exit code 1
+
+
+def test_bad_command_lines(data, trained, tmp_path):
+    knobs = [f"--data_dir={data}", "--dataset=squares", f"--out_dir={tmp_path}", "--block_size=32"]
+    for module, flags, words in (
+        (train, [*knobs, "--n_embed=8", "--variant=NagMH", "--lr=x", "--n_head=5"], ["n_embd?", "NagMHA?", "lr", "n_head=5"]),
+        (train, [*knobs, "--dataset=nothing"], ["prepare.py nothing"]),
+        (train, [*knobs, "--init_from=resume"], ["no checkpoint", "python train.py"]),
+        (train, [*knobs, "config/none.toml"], ["config/none.toml"]),
+        (train, [*knobs, "--vocab_size=100"], ["257"]),
+        (train, [*knobs, "--block_size=100000"], ["100001", "lower block_size"]),
+        (train, [*knobs, f"--out_dir={data / 'text.txt'}"], ["out_dir", "--out_dir"]),
+        (sample, [f"--out_dir={tmp_path / 'none'}"], ["no checkpoint", "python train.py"]),
+        (sample, [f"--out_dir={trained}", "--top_k=0", "--temperature=-1"], ["top_k=0", "temperature=-1"]),
+        (sample, [f"--out_dir={trained}", "--start=FILE:nowhere"], ["nowhere"]),
+        (plot, [str(tmp_path)], ["metrics.jsonl"]),
+    ):
+        with pytest.raises(UserError) as error:
+            module.main(flags)
+        for word in words:
+            assert word in str(error.value)
+    message = run("train.py", *knobs, "--n_embed=8", code=1)
+    assert message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_broken_checkpoints_are_refused(trained, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    whole = (trained / "ckpt.pt").read_bytes()
+    for content in (b"", whole[:1000], whole[:-100], os.urandom(1000)):
+        (tmp_path / "ckpt.pt").write_bytes(content)
+        with pytest.raises(UserError, match="not a whole checkpoint"):
+            checkpoint.load(tmp_path / "ckpt.pt")
+    torch.save(Payload(), tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        checkpoint.load(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the files a user starts from
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda p: p.stem)
+def test_configs(path):
+    """Each parses, names its command, and a stated number of parameters is true."""
+    text = path.read_text()
+    cfg = parse(train.Config, [str(path)])
+    assert f"config/{path.name}" in text.splitlines()[0] + text.splitlines()[1]
+    vocab = cfg.vocab_size or 257
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{f: getattr(cfg, f) for f in GPTConfig.__dataclass_fields__} | dict(vocab_size=vocab)))
+    stated = re.search(r"([\d.]+)M parameters", text)
+    assert stated, "say the number of parameters"
+    assert sum(model.count_parameters().values()) / 1e6 == pytest.approx(float(stated[1]), abs=0.06)
+
+
+def test_help_names_every_knob():
+    text = run("train.py", "--help")
+    for name in train.Config.__dataclass_fields__:
+        assert re.search(rf"^  {name}=\S* +\S", text, re.MULTILINE), name
+
+
+def test_plot(trained, tmp_path):
+    for by in ("step", "tokens", "seconds"):
+        run("-m", "experiments.plot", trained, trained, "--by", by, "--out", tmp_path / "loss.png")
+        assert (tmp_path / "loss.png").stat().st_size > 10_000
