@@ -140,8 +140,8 @@ def hub(args):
         data = datasets.load_dataset(name, args.config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"cannot load the data set {name}: {' '.join(str(error).split())}; connect to the network, give a local copy "
-            "with --source DIR, or choose a configuration with --config"
+            f"cannot load the data set {name}: {' '.join(str(error).split())}; connect to the network, "
+            "give a local copy with --source DIR, or choose a configuration with --config"
         ) from None
     if "text" not in data.column_names.get("train", ()):
         raise UserError(f"{name} has no split train with a column text, only {data.column_names}")

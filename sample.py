@@ -27,6 +27,7 @@ class Config:
     temperature: float = 0.8  # below 1 more predictable, above 1 less; 0 always takes the likeliest token
     top_k: int | None = 200  # choose among this many likeliest tokens; None: all
     seed: int = 1337  # of the choices
+    n_loop: int | None = None  # times that the stack of blocks is applied; None: as in training
     device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one
 
     def __post_init__(self):
@@ -42,7 +43,11 @@ def main(arguments):
     cfg = parse(Config, arguments)
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     state = checkpoint.load(os.path.join(cfg.out_dir, cfg.ckpt), device)
-    model = GPT(GPTConfig(**state["model_config"])).to(device).eval()
+    try:
+        config = GPTConfig(**state["model_config"] | ({"n_loop": cfg.n_loop} if cfg.n_loop is not None else {}))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model = GPT(config).to(device).eval()
     model.load_state_dict(state["model"])
     tokenizer = get_tokenizer(state["tokenizer"])
 

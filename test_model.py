@@ -6,20 +6,25 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch.func import grad, hessian, jvp, vmap
 
 from model import (
+    AXES,
     GPT,
     VARIANTS,
     GPTConfig,
     Momentum,
     Scalar,
+    huber_attention,
     light_attention,
     linear_attention,
     newton_attention,
     softmax_attention,
 )
 
+REVERSIBLE = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=True)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -125,6 +130,92 @@ def test_linear_attention_with_tied_values_is_a_gradient_step():
     torch.testing.assert_close(o, -by_query(energy, q, k))
 
 
+def huber_energy(q, k, delta):
+    T, r = math.sqrt(len(q)), (q - k).norm(dim=-1)
+    return -T * torch.logsumexp(-F.huber_loss(r, torch.zeros_like(r), reduction="none", delta=delta) / T, 0)
+
+
+@pytest.mark.parametrize("delta", [0.5, 2.0, 100.0])
+def test_huber_attention_is_a_gradient_step(delta):
+    """sum_j w_j k_j - (sum_j w_j) q = -grad F, with w read off by values of one."""
+    q, k, _ = heads()
+    pull = huber_attention(q, k, k, delta) - huber_attention(q, k, torch.ones_like(k), delta) * q
+    step = -by_query(lambda q, k: grad(huber_energy)(q, k, delta), q, k)
+    torch.testing.assert_close(pull, step, rtol=1e-10, atol=1e-10)
+
+
+def cem_energy(attn, x, context, i):
+    """[Xu]'s interaction energy of token i at x, (C,), given its context, from the definition with A_h written out."""
+    C, nh = x.size(0), attn.config.n_head
+    W_Q, W_K = attn.c_attn.weight.view(2, nh, C // nh, C)
+    total = 0
+    for h in range(nh):
+        A = W_Q[h].T @ W_K[h] + (attn.a.raw[h, 0].diag() if attn.a is not None else 0)
+        total = total - attn.T * torch.logsumexp(context[: i + 1] @ A.T @ x / attn.T, 0)
+    return total
+
+
+@pytest.mark.parametrize("choices", [{}, dict(diagonal=True), dict(diagonal=True, precond_rank=3, inner_steps=3)], ids=str)
+def test_cem_attention_descends_its_energy(choices):
+    """Each inner step is minus the gradient in x_i, the context fixed, by autograd; preconditioned and scaled."""
+    attn = tiny("CEM", bias=False, **choices).double().transformer.h[0].attn
+    x = torch.randn(1, 7, 16, dtype=torch.float64)
+    P, etas = torch.eye(16, dtype=torch.float64), [1.0]
+    if choices.get("inner_steps"):
+        P = F.softplus(attn.precondition.a.raw).diag() + attn.precondition.U @ attn.precondition.U.T
+        assert torch.linalg.eigvalsh(P).min() > 0
+        etas = F.softplus(attn.eta.raw)
+    want = x[0].clone()
+    for eta in etas:
+        g = [-grad(lambda y, i=i: cem_energy(attn, y, x[0], i))(want[i]) for i in range(7)]
+        want = want + eta * torch.stack(g) @ P
+    torch.testing.assert_close(attn(x)[0], want - x[0], rtol=1e-10, atol=1e-10)
+
+
+def test_cem_mlp_descends_its_energy():
+    """-sum_m (V x)_m psi(w_m.x), the gate fixed; psi(z) = ((z^2 - 1) Phi(z) + z phi(z)) / 2 has gelu as its derivative."""
+    mlp = tiny("CEM").double().transformer.h[0].mlp
+    x = torch.randn(5, 16, dtype=torch.float64)
+    (W, V), (b, c) = mlp.c_fc.weight.chunk(2), mlp.c_fc.bias.chunk(2)
+    normal = torch.distributions.Normal(0, 1)
+
+    def energy(x, gate):
+        z = W @ x + b
+        return -(gate * ((z * z - 1) * normal.cdf(z) + z * normal.log_prob(z).exp()) / 2).sum()
+
+    want = torch.stack([-grad(energy)(row, V @ row + c) for row in x])
+    torch.testing.assert_close(mlp(x[None])[0], want, rtol=1e-10, atol=1e-10)
+
+
+def test_reported_free_energies_are_those_of_the_definitions():
+    """model.energies against the energies above: one layer, mean over sequences and positions; the entropy likewise."""
+    definitions = dict(
+        MHA=inner_product_energy, LightMHA2nd1st=elastic_energy, HuberMHA=lambda q, k: huber_energy(q, k, math.sqrt(8)),
+        LinearMHA=lambda q, k: -0.5 * (k @ q).square().sum(),
+    )  # fmt: skip
+    for variant, energy in definitions.items():
+        model = tiny(variant, n_layer=1)
+        block, idx = model.transformer.h[0], tokens(model)
+        x, v = model.embed(idx)
+        (rule, oracles), _ = block.steps()
+        moved, _ = rule(x, v, *oracles)
+        (q, k, _), (q_moved, _, _) = block.attn.qkv(block.ln_1(x)), block.attn.qkv(block.ln_1(moved))
+        energies = model.energies(idx)
+        for key, queries in (("before", q), ("after", q_moved)):
+            torch.testing.assert_close(energies[key][0], by_query(energy, queries, k).mean((0, 2)), rtol=1e-4, atol=1e-4)
+        if variant == "LinearMHA":
+            assert energies["entropy"] is energies["attention"] is None
+        else:
+            p = energies["attention"][0]
+            torch.testing.assert_close(p.sum(-1), torch.ones(2, 12))
+            assert p.triu(1).sum() == 0
+    x, _ = (cem := tiny("CEM", n_layer=1, bias=False)).embed(idx)
+    block = cem.transformer.h[0]
+    x = block.ln_1(x)
+    want = torch.stack([torch.stack([cem_energy(block.attn, row[i], row, i) for i in range(12)]) for row in x]).mean()
+    torch.testing.assert_close(cem.energies(idx)["before"].sum(), want)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # update rules
 
@@ -133,25 +224,148 @@ def test_momentum_rules_follow_their_equations():
     """Two steps of each rule on a quadratic, against numbers worked by hand: g(x) = -x from x = 1, beta 1/2, eta 1/4."""
     expected = dict(polyak=[(0.75, -1.0), (0.4375, -1.25)], nesterov=[(0.75, -1.0), (0.46875, -1.125)])
     for momentum, steps in expected.items():
-        rule = Momentum(GPTConfig(variant="MHA", momentum=momentum, beta=0.5, eta=0.25))
+        rule = Momentum(GPTConfig(variant="MHA", momentum=momentum, beta=0.5, eta=0.25), n_oracles=1, drift=True)
         x, v = torch.tensor(1.0), torch.tensor(0.0)
         for want in steps:
             x, v = rule(x, v, lambda x: -x)
             assert (x.item(), v.item()) == want
 
 
-@pytest.mark.parametrize("variant", ["MomenMHA", "NagMHA"])
-def test_model_applies_the_rule_to_its_own_oracles(variant):
-    """A forward pass written out with the equations of [Ren] and the model's sublayers."""
-    model = tiny(variant, beta=0.6, eta=0.8)
-    idx, t = tokens(model), model.transformer
-    x = t.wte(idx) + t.wpe(torch.arange(idx.size(1)))
-    p = 0
+def reference(model, idx, layer):
+    """Logits of a model whose layers are written out by hand: layer(x, v, b, A, M, is_last) -> x, v."""
+    t = model.transformer
+    x, v = model.embed(idx)
     for b in t.h:
-        p = 0.6 * p + b.attn(b.ln_1(x + 0.8 * 0.6 * p if variant == "NagMHA" else x))
-        x = x + 0.8 * p
-        x = x + b.mlp(b.ln_2(x))
-    torch.testing.assert_close(model(idx, idx)[0], model.lm_head(t.ln_f(x)))
+        x, v = layer(x, v, b, lambda x, b=b: b.attn(b.ln_1(x)), lambda x, b=b: b.mlp(b.ln_2(x)), b is t.h[-1])
+    return model.lm_head(t.ln_f(x))
+
+
+def momen(x, v, b, A, M, last):
+    v = 0.6 * v + A(x)
+    x = x + 0.8 * v
+    return x + M(x), v
+
+
+def nag(x, v, b, A, M, last):
+    v = 0.6 * v + A(x + 0.8 * 0.6 * v)
+    x = x + 0.8 * v
+    return x + M(x), v
+
+
+def lie_trotter(x, v, b, A, M, last, look=True):
+    for rule, g in zip(b.rules, (A, M), strict=True):
+        beta, gamma = rule.beta.raw.sigmoid(), F.softplus(rule.gamma[0].raw)
+        mu = rule.mu.raw.sigmoid() if look else 0
+        nu = F.softplus(rule.eta.raw) if rule.eta.raw is not None else 1
+        v = rule.norm(beta * v + gamma * g(x + mu * v))
+        x = x + nu * v
+    return x, v
+
+
+def polyak(*a):
+    return lie_trotter(*a, look=False)
+
+
+def euler(x, v, b, A, M, last):
+    (rule,) = b.rules
+    y = x + rule.mu.raw.sigmoid() * v
+    gamma_A, gamma_M = (F.softplus(gamma.raw) for gamma in rule.gamma)
+    v = rule.norm(rule.beta.raw.sigmoid() * v + gamma_A * A(y) + gamma_M * M(y))
+    return x + v, v
+
+
+def verlet(x, v, b, A, M, last):
+    kick, kick_again = b.rules
+    v = kick.norm(kick.beta.raw.sigmoid() * v + F.softplus(kick.gamma[0].raw) * A(x))
+    x = x + v
+    v = kick_again.norm(kick_again.beta.raw.sigmoid() * v + F.softplus(kick_again.gamma[0].raw) * M(x))
+    return (x + v if last else x), v
+
+
+def imex(x, v, b, A, M, last):
+    """v' = v + force - lambda v', solved for v': friction implicit, force explicit."""
+    for rule, g in zip(b.rules, (A, M), strict=True):
+        lam = torch.exp(-rule.beta.raw)
+        v = rule.norm(v + F.softplus(rule.gamma[0].raw) * g(x)) / (1 + lam)
+        x = x + v
+    return x, v
+
+
+@pytest.mark.parametrize(
+    "variant, choices, layer",
+    [
+        ("MomenMHA", dict(beta=0.6, eta=0.8), momen),
+        ("NagMHA", dict(beta=0.6, eta=0.8), nag),
+        ("YuriiFormer", {}, lie_trotter),
+        ("TMMFormer", {}, lie_trotter),
+        ("PolyakFormer", {}, polyak),
+        ("YuriiFormerEuler", {}, euler),
+        ("VerletFormer", {}, verlet),
+        ("IMEXFormer", {}, imex),
+    ],
+)
+def test_layers_follow_their_equations(variant, choices, layer):
+    """A forward pass written out from the papers' equations and the model's own oracles."""
+    model = tiny(variant, **choices)
+    idx = tokens(model)
+    torch.testing.assert_close(model(idx, idx)[0], reference(model, idx, layer))
+
+
+def test_a_norm_hides_friction_inside_it():
+    """Why IMEX's 1 / (1 + lambda) stands outside N: N(c z) = N(z), so inside it lambda would not matter."""
+    norm, z = torch.nn.LayerNorm(16, eps=0), torch.randn(4, 16, dtype=torch.float64)
+    torch.testing.assert_close(norm.double()(z / (1 + 0.7)), norm(z))
+
+
+def same_function(a, b, copy=True):
+    if copy:
+        b.load_state_dict({k: v for k, v in a.state_dict().items() if k in b.state_dict()}, strict=False)
+    idx = tokens(a)
+    torch.testing.assert_close(a(idx, idx)[0], b(idx, idx)[0])
+
+
+def test_rules_contain_each_other():
+    """nu = 1 makes TMMFormer YuriiFormer; mu = 0 makes that PolyakFormer; NagMHA without look-ahead is MomenMHA."""
+    triple, yurii = tiny("TMMFormer"), tiny("YuriiFormer")
+    for b in triple.transformer.h:
+        for rule in b.rules:
+            rule.eta.raw.data.fill_(math.log(math.e - 1))
+    same_function(triple, yurii)
+    for b in yurii.transformer.h:
+        for rule in b.rules:
+            rule.mu.raw.data.fill_(-100)
+    same_function(yurii, tiny("PolyakFormer"))
+    same_function(tiny("NagMHA", mu=0.0, beta=0.7), tiny("MomenMHA", beta=0.7))
+
+
+@pytest.mark.parametrize("on", ["attention", "both"])
+def test_dense_with_the_powers_of_beta_is_momenmha(on):
+    dense = tiny("DenseMHA", momentum_on=on)
+    for b in dense.transformer.h:
+        for rule in [r for r in b.rules if hasattr(r, "w")]:
+            rule.w.raw.data = 0.8 * 0.6 ** torch.arange(len(rule.w.raw) - 1, -1, -1.0)
+    same_function(dense, tiny("MomenMHA", momentum_on=on, beta=0.6, eta=0.8))
+
+
+def test_one_loop_is_no_loop_and_four_are_a_stack_of_four():
+    once = tiny("NagMHA")
+    same_function(once, tiny("LoopNagMHA", n_loop=1))
+    deep, looped = tiny("NagMHA", n_layer=12), tiny("LoopNagMHA")
+    for i, block in enumerate(deep.transformer.h):
+        block.load_state_dict(looped.transformer.h[i % 3].state_dict())
+    same_function(looped, deep)
+
+
+def test_embed_control_adds_the_tables_to_x():
+    control = tiny("EmbedControl")
+    mha = tiny()
+    mha.load_state_dict({k: v for k, v in control.state_dict().items() if k in mha.state_dict()})
+    for name in ("wte", "wpe"):  # the head keeps its own weights
+        table = getattr(control.transformer, name).weight + getattr(control.transformer, "v" + name[1:]).weight
+        setattr(mha.transformer, name, torch.nn.Embedding.from_pretrained(table.detach()))
+    same_function(control, mha, copy=False)
+    yurii = tiny("YuriiFormer").count_parameters()
+    assert control.count_parameters()["embedding"] == yurii["embedding"]
 
 
 def test_momenmha_unrolls_to_a_densenet():
@@ -188,12 +402,13 @@ def test_scalars_start_at_their_value_and_stay_in_range(range, values):
 
 
 def test_learned_scalars_are_parameters_and_fixed_ones_are_not():
-    assert GPT(tiny("NagMHA").config).count_parameters()["scalars"] == 0
+    assert tiny("NagMHA").count_parameters()["scalars"] == 0
     model = tiny("NagMHA", learned="beta eta")
     assert model.count_parameters()["scalars"] == 2 * 3
     model(tokens(model), tokens(model))[1].backward()
-    scalars = [m for m in model.modules() if isinstance(m, Scalar)]
-    assert all(m.raw.grad for m in scalars[2:])  # in the first layer beta scales a velocity of zero
+    scalars = {name: p.grad for name, p in model.named_parameters() if name.endswith(".raw")}
+    assert len(scalars) == 6 and scalars.pop("transformer.h.0.rules.0.beta.raw") == 0  # it scales a velocity of zero
+    assert all(scalars.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,6 +497,18 @@ GOLDEN = {
     "LightMHA2nd1st": (3.908, 3.6609, 3.5005),
     "LinearMHA": (3.9168, 3.822, 3.7619),
     "GatedLinearMHA": (3.8838, 3.8352, 3.7458),
+    "HuberMHA": (3.9081, 3.6616, 3.497),
+    "DenseMHA": (3.9072, 3.6808, 3.5082),
+    "YuriiFormer": (3.8913, 3.5786, 3.3173),
+    "YuriiFormerEuler": (3.8945, 3.5727, 3.301),
+    "PolyakFormer": (3.8912, 3.5782, 3.3104),
+    "VerletFormer": (3.8912, 3.5794, 3.3121),
+    "IMEXFormer": (3.8912, 3.5706, 3.3044),
+    "TMMFormer": (3.8913, 3.5786, 3.3173),
+    "EmbedControl": (3.8869, 3.6016, 3.4048),
+    "CEM": (3.9056, 3.5863, 3.4155),
+    "CEM+": (3.9053, 3.6128, 3.4516),
+    "LoopNagMHA": (3.8941, 3.8017, 3.7311),
 }
 
 
@@ -299,6 +526,70 @@ def test_golden_training_step(variant):
         optimizer.step()
         losses.append(loss.item())
     assert losses == pytest.approx(GOLDEN[variant], abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learned", ["", "beta eta"])
+def test_reversible_gradients_are_those_of_plain_backprop(learned, dtype):
+    """Over 24 layers, and through a looped stack."""
+    for shape in (dict(n_layer=24), dict(n_layer=3, n_loop=3)):
+        torch.manual_seed(0)
+        plain = GPT(GPTConfig(**REVERSIBLE | dict(reversible=False), learned=learned, n_head=2, n_embd=32, block_size=16,
+                              vocab_size=50, **shape))  # fmt: skip
+        reversible = GPT(GPTConfig(**vars(plain.config) | dict(reversible=True)))
+        reversible.load_state_dict(plain.state_dict())
+        idx = tokens(plain)
+        for model in (plain, reversible):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(idx, idx.roll(-1, 1))[1]
+            loss.backward()
+        whole = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+        for (name, p), q in zip(plain.named_parameters(), reversible.parameters(), strict=True):
+            if dtype == torch.float32:
+                assert (p.grad - q.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
+            else:  # rounding a rebuilt activation to 8 bits now and then goes the other way
+                assert (p.grad - q.grad).norm() <= 1e-2 * p.grad.norm() + 1e-4 * whole, name
+
+
+def test_reversible_activation_memory_does_not_grow_with_depth():
+    def saved(n_layer, **choices):
+        model = GPT(GPTConfig(**REVERSIBLE | choices, n_layer=n_layer, n_head=2, n_embd=32, block_size=16, vocab_size=50))
+        sizes, weights = [], {p.untyped_storage().data_ptr() for p in model.parameters()}
+        keep = lambda t: sizes.append(0 if t.untyped_storage().data_ptr() in weights else t.nbytes) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(tokens(model), tokens(model))
+        return sum(sizes)
+
+    assert saved(24) == saved(3)
+    assert saved(24, reversible=False) > 5 * saved(24)
+
+
+legal = st.fixed_dictionaries({axis: st.sampled_from(values) for axis, values in AXES.items()} | dict(
+    beta=st.floats(0.7, 0.95), n_loop=st.sampled_from([1, 2]), inner_steps=st.sampled_from([1, 2]),
+    precond_rank=st.sampled_from([0, 2]), learned=st.sampled_from(["", "beta", "beta gamma eta"]),
+))  # fmt: skip
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+@given(legal)
+def test_random_legal_combinations(choices):
+    """Finite, strictly causal, every parameter with a gradient, and cached text equal to uncached."""
+    try:
+        config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31, **choices)
+    except ValueError:
+        assume(False)
+    model = tiny(**vars(config))
+    idx = tokens(model, B=1)
+    logits, loss = model(idx, idx.roll(-1, 1))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    changed = idx.clone()
+    changed[0, 5] = (idx[0, 5] + 1) % 31
+    difference = (model(changed, idx)[0] - logits).abs().amax(-1)[0]
+    assert (difference[:5] == 0).all() and (difference[5:] > 0).all()
+    text = model.generate(idx[:, :2], 9, temperature=0)
+    for n in range(2, 11):
+        assert model(text[:, max(0, n - 8) : n])[0].argmax() == text[0, n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,16 +633,37 @@ def test_generate_options():
     "choices, words",
     [
         (dict(variant="NagMH"), "did you mean NagMHA"),
-        (dict(n_embd=30, n_head=4), "multiple of n_head=4"),
-        (dict(energy="linear", curvature="light"), "curvature=none"),
-        (dict(momentum_on="both"), "needs a velocity"),
-        (dict(learned="beta"), "needs a velocity"),
-        (dict(momentum="polyak", learned="tau"), "may name"),
-        (dict(beta=1.0), "(0, 1)"),
-        (dict(eta=0.0), "positive"),
-        (dict(dropout=1.0), "[0, 1)"),
         (dict(energy="cubic"), "none of softmax"),
-        (dict(n_layer=0), "at least 1"),
+        (dict(n_embd=30, n_head=4), "multiple of n_head=4"),
+        (dict(n_layer=0), "n_layer=0 must be at least 1"),
+        (dict(n_loop=0), "n_loop=0 must be at least 1"),
+        (dict(dropout=1.0), "[0, 1)"),
+        (dict(beta=1.0), "(0, 1)"),
+        (dict(eta=0.0), "eta=0.0 must be positive"),
+        (dict(mu=1.0), "[0, 1)"),
+        (dict(precond_rank=-1), "at least 0"),
+        (dict(momentum="polyak", learned="tau"), "may name"),
+        (dict(momentum="nesterov", learned="mu"), "to start from"),
+        (dict(energy="linear", curvature="light"), "curvature=none"),
+        (dict(energy="huber", curvature="newton"), "curvature=none"),
+        (dict(momentum_on="both"), "another momentum than none"),
+        (dict(learned="beta"), "another momentum"),
+        (dict(momentum="dense", learned="beta"), "another momentum"),
+        (dict(velocity_norm=True), "another momentum"),
+        (dict(momentum="dense", velocity_init="embed"), "velocity_init=zero"),
+        (dict(momentum="dense", n_loop=2), "n_loop=1"),
+        (dict(momentum="polyak", splitting="euler"), "momentum_on=both"),
+        (dict(momentum="verlet"), "momentum_on=both"),
+        (dict(tied=True, energy="linear"), "energy=softmax"),
+        (dict(tied=True, curvature="light"), "curvature=none"),
+        (dict(tied=True, qk_norm=True), "qk_norm=False"),
+        (dict(diagonal=True), "belongs to tied=True"),
+        (dict(precond_rank=2), "belongs to tied=True"),
+        (dict(inner_steps=2), "belongs to tied=True"),
+        (dict(reversible=True), "momentum=polyak"),
+        (dict(variant="PolyakFormer", reversible=True), "velocity_norm=False"),
+        (dict(REVERSIBLE, dropout=0.1), "dropout=0"),
+        (dict(REVERSIBLE, beta=0.5, n_layer=24), "take beta of at least 0.6"),
     ],
     ids=str,
 )

@@ -160,6 +160,47 @@ def test_released_weights_load_through_transformers(data, tmp_path):
     assert metrics[0]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+SURGEONS = dict(
+    MHA2nd1st="--variant=MHA2nd1st", LightMHA2nd1st="--variant=LightMHA2nd1st", MomenMHA="--variant=MomenMHA",
+    NagMHA="--variant=NagMHA", both="--variant=NagMHA --curvature=light --momentum_on=both",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", SURGEONS.values(), ids=SURGEONS)
+def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, flags):
+    donor = checkpoint.load(trained / "ckpt.pt")
+    config, weights = checkpoint.surgery(
+        parse(GPTConfig, [*flags.split(), "--block_size=32"]), donor["model_config"], donor["model"]
+    )
+    old, new = GPT(GPTConfig(**donor["model_config"])).eval(), GPT(config).eval()
+    old.load_state_dict(donor["model"])
+    assert set(new.load_state_dict(weights, strict=False).missing_keys) == {n for n in new.state_dict() if n.endswith(".raw")}
+    idx = torch.arange(32)[None]
+    torch.testing.assert_close(new(idx, idx)[0], old(idx, idx)[0], rtol=0, atol=1e-5)
+    knobs = dict(pair.removeprefix("--").split("=") for pair in flags.split())
+    state, metrics = fit(data, tmp_path, init_from=trained / "ckpt.pt", max_iters=5, n_embd=32, dtype="float32",
+                         scalar_learning_rate=0.1, dropout=0, **knobs)  # fmt: skip
+    assert metrics[0]["val_loss"] == pytest.approx(donor["best_loss"], rel=0.01)
+    moved = {n: (p - new.state_dict()[n]).abs().max() for n, p in state["model"].items() if n.endswith(".raw")}
+    moved.pop("transformer.h.0.rules.0.beta.raw", None)  # the first velocity is zero
+    assert moved and all(moved.values())
+
+
+def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path):
+    for flags, words in (
+        (["--variant=YuriiFormer"], "cannot start as MHA"),
+        (["--variant=LinearMHA"], "cannot start as MHA"),
+        (["--block_size=64"], "32 positions"),
+    ):
+        with pytest.raises(UserError, match=words):
+            fit(data, tmp_path, init_from=trained / "ckpt.pt", **dict(pair.removeprefix("--").split("=") for pair in flags))
+    fit(data, tmp_path / "nag", variant="NagMHA", max_iters=1)
+    with pytest.raises(UserError, match="NagMHA cannot become MHA .*momentum"):
+        fit(data, tmp_path, init_from=tmp_path / "nag" / "ckpt.pt")
+    again, metrics = fit(data, tmp_path / "again", variant="NagMHA", init_from=tmp_path / "nag" / "ckpt.pt", max_iters=1)
+    assert again["model_config"]["beta"] == 0.9  # the same system: its weights, and a new run
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 
@@ -183,6 +224,7 @@ def test_sample(trained, tmp_path, capsys):
     assert text("--start=naïve 東 ", "--top_k=1000").startswith("naïve 東 ")
     (tmp_path / "prompt").write_text("x" * 100)  # longer than block_size
     assert text(f"--start=FILE:{tmp_path / 'prompt'}").startswith("x" * 100)
+    assert text("--n_loop=2", "--temperature=0") != text("--temperature=0")
     assert run("sample.py", f"--out_dir={trained}", "--max_new_tokens=40", "--start=3 times") == text("--start=3 times")
 
 
@@ -203,6 +245,7 @@ def test_bad_command_lines(data, trained, tmp_path):
         (sample, [f"--out_dir={tmp_path / 'none'}"], ["no checkpoint", "python train.py"]),
         (sample, [f"--out_dir={trained}", "--top_k=0", "--temperature=-1"], ["top_k=0", "temperature=-1"]),
         (sample, [f"--out_dir={trained}", "--start=FILE:nowhere"], ["nowhere"]),
+        (sample, [f"--out_dir={trained}", "--n_loop=0"], ["n_loop=0"]),
         (plot, [str(tmp_path)], ["metrics.jsonl"]),
     ):
         with pytest.raises(UserError) as error:

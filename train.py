@@ -35,7 +35,7 @@ class Config(GPTConfig):
     vocab_size: int | None = None  # rows of the token table; None: as many as the tokenizer has
     # the run
     out_dir: str = "out"  # folder of the checkpoints and metrics
-    init_from: str = "scratch"  # scratch; resume: go on from out_dir/ckpt.pt; gpt2, gpt2-medium, ...: released weights
+    init_from: str = "scratch"  # scratch; resume: out_dir/ckpt.pt; X.pt: the weights of another run; gpt2, gpt2-medium, ...
     dataset: str = "openwebtext"  # folder below data/
     data_dir: str = "data"  # folder that holds the data sets
     seed: int = 1337  # of the initial weights, the order of the data and dropout
@@ -51,7 +51,7 @@ class Config(GPTConfig):
     # the optimizer
     optimizer: str = "adamw"  # adamw; muon: Muon for the matrices of the blocks, AdamW for the rest
     learning_rate: float = 6e-4  # highest rate
-    scalar_learning_rate: float = 6e-4  # the same for learned scalars
+    scalar_learning_rate: float | None = None  # the same for learned scalars; None: learning_rate
     weight_decay: float = 0.1  # of matrices and embeddings
     beta1: float = 0.9  # AdamW's first moment
     beta2: float = 0.95  # AdamW's second moment
@@ -89,7 +89,7 @@ def optimizers(model, cfg, device):
         dict(params=[p for p in rest if p.dim() == 2], weight_decay=cfg.weight_decay, peak=1.0),
         dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0, peak=1.0),
         dict(params=[p for p in model.parameters() if p in scalars], weight_decay=0.0,
-             peak=cfg.scalar_learning_rate / cfg.learning_rate),
+             peak=(cfg.scalar_learning_rate or cfg.learning_rate) / cfg.learning_rate),
     ]  # fmt: skip
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), fused=device != "mps")
     if not hidden:
@@ -166,23 +166,25 @@ def train(cfg):
         return to_device(training.batch(range(first, first + cfg.batch_size)))
 
     # model
+    vocab_size = cfg.vocab_size or meta["vocab_size"]
     latest, best = (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "best.pt"))
-    sizes = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | dict(vocab_size=cfg.vocab_size or meta["vocab_size"])
-    start, seconds, best_loss, state = 0, 0.0, math.inf, None
+    config = GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | dict(vocab_size=vocab_size))
+    start, seconds, best_loss, state, weights = 0, 0.0, math.inf, None, None
     if cfg.init_from == "resume":
         state = checkpoint.load(latest, device)
-        sizes, start, seconds, best_loss = (state[key] for key in ("model_config", "step", "seconds", "best_loss"))
+        config, weights = GPTConfig(**state["model_config"]), state["model"]
+        start, seconds, best_loss = state["step"], state["seconds"], state["best_loss"]
+    elif cfg.init_from.endswith(".pt"):
+        donor = checkpoint.load(cfg.init_from, device)
+        config, weights = checkpoint.surgery(config, donor["model_config"], donor["model"])
     elif cfg.init_from != "scratch":
-        gpt2_sizes, weights = checkpoint.gpt2(cfg.init_from)
-        sizes |= gpt2_sizes
-    if sizes["vocab_size"] < meta["vocab_size"]:
-        raise UserError(f"vocab_size={sizes['vocab_size']} is less than the {meta['vocab_size']} of {folder}'s tokenizer")
+        config, weights = checkpoint.surgery(config, *checkpoint.gpt2(cfg.init_from))
+    if config.vocab_size < meta["vocab_size"]:
+        raise UserError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of {folder}'s tokenizer")
     torch.manual_seed(cfg.seed)
-    model = GPT(GPTConfig(**sizes)).to(device)
-    if state:
-        model.load_state_dict(state["model"])
-    elif cfg.init_from != "scratch":
-        model.load_state_dict(weights)
+    model = GPT(config).to(device)
+    if weights:  # all of them, but for scalars that a donor doesn't have
+        model.load_state_dict({n: p for n, p in model.state_dict().items() if n.endswith(".raw")} | weights)
     opts = optimizers(model, cfg, kind)
     if state:
         for opt, saved in zip(opts, state["optimizers"], strict=True):
@@ -218,7 +220,7 @@ def train(cfg):
             tracker = importlib.import_module(cfg.logger)
             tracker.init(project="nanodescent", name=cfg.out_dir, config=asdict(cfg))
     say(
-        f"{sizes['variant']}: {sum(counts.values()):,} parameters ("
+        f"{config.variant}: {sum(counts.values()):,} parameters ("
         + ", ".join(f"{name} {n:,}" for name, n in counts.items())
         + f"), {tokens_per_step:,} tokens a step, {device} {dtype}, {world} process(es)"
     )
@@ -276,7 +278,7 @@ def train(cfg):
                     step=step,
                     seconds=time.time() - began,
                     best_loss=min(loss, best_loss),
-                    model_config=asdict(model.config),
+                    model_config=asdict(config),
                     config=asdict(cfg),
                     tokenizer=meta["tokenizer"],
                 )

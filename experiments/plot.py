@@ -15,7 +15,8 @@ from configurator import UserError, cli
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-AXES = dict(step="training step", tokens="training tokens", seconds="seconds of training")
+plt.style.use("tableau-colorblind10")
+X = dict(step="training step", tokens="training tokens", seconds="seconds of training")
 
 
 def read_metrics(path):
@@ -30,6 +31,13 @@ def read_metrics(path):
         raise UserError(f"{path} is not a metrics.jsonl of train.py") from None
 
 
+def new_figure():
+    """A figure and its axes, of README width."""
+    fig, ax = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    ax.grid(alpha=0.3)
+    return fig, ax
+
+
 def label(path):
     return os.path.basename(os.path.normpath(path.removesuffix("metrics.jsonl")))
 
@@ -37,21 +45,19 @@ def label(path):
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs, or their metrics.jsonl")
-    parser.add_argument("--by", choices=AXES, default="step")
+    parser.add_argument("--by", choices=X, default="step")
     parser.add_argument("--out", default="loss.png", help="the PNG to write")
     args = parser.parse_args(arguments)
 
-    plt.style.use("tableau-colorblind10")
-    fig, ax = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    fig, ax = new_figure()
     for i, run in enumerate(args.runs):
         records = read_metrics(run)
         for key, style in (("train_loss", dict(alpha=0.35, lw=1)), ("val_loss", dict(marker="o", ms=3, label=label(run)))):
             points = [(r[args.by], r[key]) for r in records if key in r]
             ax.plot(*zip(*points, strict=True), color=f"C{i}", **style)
-    ax.set_xlabel(AXES[args.by])
+    ax.set_xlabel(X[args.by])
     ax.set_ylabel("loss (nats per token)")
     ax.set_title("validation loss (dots) and training loss (faint)", fontsize=10)
-    ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     fig.savefig(args.out)
     print(args.out)

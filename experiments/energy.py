@@ -1,0 +1,173 @@
+"""
+What a trained model's attention descends, as one PNG: its free energy before and after attention's step, the entropy
+of its weights, the scalars that the layers learned, and the weights themselves. The energies also as a table.
+
+    python -m experiments.energy out/demo --out energy.png
+
+Energies and entropies are means over positions and sequences. Layers count from 0, in the order of their application.
+"""
+
+import argparse
+import math
+import os
+from collections import defaultdict
+
+import numpy as np
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.ticker import MaxNLocator
+
+import checkpoint
+from configurator import UserError, cli
+from data import Split, read_meta
+from experiments.plot import plt
+from model import GPT, GPTConfig, Scalar
+
+HEADS, POSITIONS = 4, 64  # of the attention weights, as many as stay readable
+
+
+def load(path):
+    """A checkpoint's model, and the checkpoint. Raises UserError."""
+    state = checkpoint.load(path)
+    try:
+        model = GPT(GPTConfig(**state["model_config"])).eval()
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this model.py: {str(error).splitlines()[0]}") from None
+    return model, state
+
+
+def read(folder, split, sequences, config):
+    """Evenly spaced windows of the split, (sequences, block_size). Raises UserError."""
+    if sequences < 1:
+        raise UserError(f"--sequences {sequences} must be at least 1")
+    if (vocab_size := read_meta(folder)["vocab_size"]) > config.vocab_size:
+        raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: give its --data_dir")
+    text = Split(folder, split, config.block_size)
+    return torch.from_numpy(text.windows(text.fixed(sequences))[0])
+
+
+def scalars(model):
+    """All that layers learned in a Scalar, as {name: {layer: values}}, each flat."""
+    found = defaultdict(dict)
+    for layer, block in enumerate(model.layers()):
+        for name, module in block.named_modules():
+            if isinstance(module, Scalar) and module.raw is not None:
+                found[name][layer] = module().detach().flatten()
+    return found
+
+
+def table(energies):
+    """A line a layer, means over heads."""
+    before, after = energies["before"].mean(1), energies["after"].mean(1)
+    entropy = [None] * len(before) if energies["entropy"] is None else energies["entropy"].mean(1)
+    rows = [f"{'layer':>5} {'before':>12} {'after':>12} {'change':>12} {'entropy':>8}"]
+    for layer, (b, a, H) in enumerate(zip(before, after, entropy, strict=True)):
+        rows.append(f"{layer:5} {b:12.4f} {a:12.4f} {a - b:+12.4f} " + ("-".rjust(8) if H is None else f"{H:8.4f}"))
+    return "\n".join(rows)
+
+
+def draw(energies, found, config, title):
+    """The figure. The linear energies have no attention weights, and theirs is the left column only."""
+    entropy, attention, narrow = energies["entropy"], energies["attention"], energies["attention"] is None
+    fig = plt.figure(figsize=(4.5 if narrow else 10, 5.6), dpi=150, layout="constrained")
+    fig.suptitle(title, fontsize=11, weight="bold")
+    left, right = (fig, None) if narrow else fig.subfigures(1, 2, width_ratios=(2, 3))
+    a, b, c = left.subplots(3, sharex=True)
+    for ax in a, b, c:
+        ax.grid(alpha=0.3)
+
+    a.set_title("(a) free energy of the queries", fontsize=10)
+    a.set_ylabel("(units of q·k)²" if narrow else "units of q·k")
+    draw_heads(a, energies["before"], color="C0", lw=3, label="before attention's step")
+    draw_heads(a, energies["after"], color="C1", lw=1.2, label="after it")
+    a.margins(y=0.2)
+    a.legend(frameon=False, fontsize=7, ncols=2)
+
+    b.set_title("(b) entropy of attention" + (not narrow) * " (dashed: uniform)", fontsize=10)
+    b.set_ylabel("nats")
+    if narrow:
+        draw_nothing(b, f"not defined for energy={config.energy}")
+    else:
+        draw_heads(b, entropy, color="C0", lw=2)
+        T = attention.size(2)
+        uniform = math.lgamma(T + 1) / T  # the mean of log 1, ..., log T: each position sees one key more
+        b.axhline(uniform, color="C3", ls="--", lw=1)
+        b.set_ylim(0, 1.15 * uniform)
+        draw_attention(right, attention)
+
+    c.set_title("(c) learned scalars", fontsize=10)
+    c.set_xlabel("layer" if config.n_loop == 1 else f"layer ({config.n_loop} rounds of {config.n_layer})")
+    c.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    c.set_xlim(-0.3, len(energies["before"]) - 0.7)
+    if found:
+        draw_scalars(c, found, config.n_embd)
+        c.legend(frameon=False, fontsize=7, ncols=3, columnspacing=1, loc="upper center", bbox_to_anchor=(0.5, -0.4))
+    else:
+        draw_nothing(c, "no learned scalars")
+    return fig
+
+
+def draw_heads(ax, values, color, **style):
+    """values, (layers, nh), by layer: a thin line a head, and their mean."""
+    ax.plot(values, lw=0.6, alpha=0.4, color=color)
+    ax.plot(values.mean(1), marker="o", ms=2 + style["lw"], color=color, **style)
+
+
+def draw_nothing(ax, why):
+    ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes)
+    ax.set_yticks([])
+    ax.grid(False)
+
+
+def draw_scalars(ax, found, width):
+    """Means by layer, shaded from the least to the greatest value; not where each channel has one: outliers would rule."""
+    for i, (name, values) in enumerate(found.items()):
+        layers, values = zip(*values.items(), strict=True)
+        ax.plot(layers, [v.mean() for v in values], lw=1.5, marker="osD^v"[i % 5], ms=4, color=f"C{i}", label=name)
+        if all(len(v) < width for v in values):
+            ax.fill_between(layers, [v.min() for v in values], [v.max() for v in values], color=f"C{i}", alpha=0.15, lw=0)
+
+
+def draw_attention(fig, attention):
+    """attention, (layers, nh, T, T): heat maps of the first, the middle and the last layer, by head."""
+    layers = sorted({0, len(attention) // 2, len(attention) - 1})
+    p = attention[layers, :HEADS, :POSITIONS, :POSITIONS].numpy()
+    future = np.triu(np.ones(p.shape[2:], dtype=bool), 1)
+    # nearly all weights are small: they show on a scale of square roots that leaves out the greatest percent
+    norm = PowerNorm(0.5, 0, np.quantile(p[..., ~future], 0.99))
+    axes = fig.subplots(*p.shape[:2], squeeze=False, sharex=True, sharey=True)
+    for i, j in np.ndindex(axes.shape):
+        image = axes[i, j].imshow(np.ma.array(p[i, j], mask=future), norm=norm, cmap="cividis", interpolation="nearest")
+        axes[i, j].set_title(f"layer {layers[i]}, head {j}", fontsize=8)
+    fig.suptitle("(d) attention weights in the first sequence", fontsize=10)
+    fig.supxlabel("position of the key", fontsize=9)
+    fig.supylabel("position of the query", fontsize=9)
+    fig.colorbar(image, ax=axes, shrink=0.6, aspect=30, extend="max", label="weight")
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_dir", help="folder of the checkpoint")
+    parser.add_argument("--ckpt", default="best.pt", help="its file in there")
+    parser.add_argument("--out", default="energy.png", help="the PNG to write")
+    parser.add_argument("--sequences", type=int, default=8, help="windows of text to average over")
+    parser.add_argument("--data_dir", help="folder of the data sets; default: as in training")
+    parser.add_argument("--split", choices=("train", "val"), default="val")
+    args = parser.parse_args(arguments)
+
+    model, state = load(os.path.join(args.out_dir, args.ckpt))
+    folder = os.path.join(args.data_dir or state["config"]["data_dir"], state["config"]["dataset"])
+    energies = model.energies(read(folder, args.split, args.sequences, model.config))
+    print(table(energies))
+    fig = draw(energies, scalars(model), model.config, f"{model.config.variant} after {state['step']:,} steps")
+    try:
+        fig.savefig(args.out)
+    except OSError as error:
+        raise UserError(f"cannot write {args.out}: {error.strerror}; choose another --out") from None
+    plt.close(fig)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    cli(main)
