@@ -12,7 +12,7 @@ import torch
 
 from configurator import UserError
 from data import replacing
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 
 def save(path, state):
@@ -32,6 +32,17 @@ def load(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a whole checkpoint of train.py ({type(error).__name__})") from None
+
+
+def load_model(path, device="cpu", **choices):
+    """The checkpoint's model, ready to be evaluated, with these choices of its configuration changed, and the checkpoint."""
+    state = load(path, device)
+    try:
+        model = GPT(GPTConfig(**state["model_config"] | choices)).to(device).eval()
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit: {str(error).splitlines()[0]}") from None
+    return model, state
 
 
 def surgery(config, donor, weights):

@@ -336,25 +336,18 @@ class Attention(nn.Module):
 
     def free_energy(self, x, context):
         """
-        The free energy of the queries at x among the keys at context, and attention's weights p: (B, nh, T) and
-        (B, nh, T, T). With a curvature it is that of the elastic energy, which the curvature is derived from. The linear
-        energies are sums over keys, without p: None.
+        The free energy of the queries at x among the keys at context, (B, nh, T), and the p_j of its gradient,
+        (B, nh, T, T), as they are before a curvature or Huber's cut reweigh them. The linear energies are plain sums: None.
         """
-        T, q, k = self.T, self.qkv(x)[0], self.qkv(context)[1]
+        q, k = self.qkv(x)[0], self.qkv(context)[1]
         seen = causal(q, k)
-        match self.config.energy, self.config.curvature:
-            case "softmax", "none":
-                E = -q @ k.mT
-            case "softmax", _:
-                E = distances(q, k).square() / 2
-            case "huber", _:
-                E = huber(distances(q, k), self.config.delta * T)
-            case _:
-                b = self.log_gate(context).cumsum(-1)
-                D = (b[..., :, None] - b[..., None, :]).masked_fill(~seen, -math.inf).exp()
-                return (-(q @ k.mT).square() / 2 * D).sum(-1), None
-        logits = (-E / T).masked_fill(~seen, -math.inf)
-        return -T * logits.logsumexp(-1), logits.softmax(-1)
+        if self.config.energy in ("linear", "gated_linear"):
+            b = self.log_gate(context).cumsum(-1)
+            D = (b[..., :, None] - b[..., None, :]).masked_fill(~seen, -math.inf).exp()
+            return (-(q @ k.mT).square() / 2 * D).sum(-1), None
+        E = huber(distances(q, k), self.config.delta * self.T) if self.config.energy == "huber" else -q @ k.mT
+        logits = (-E / self.T).masked_fill(~seen, -math.inf)
+        return -self.T * logits.logsumexp(-1), logits.softmax(-1)
 
     @property
     def T(self):
@@ -740,24 +733,26 @@ class GPT(nn.Module):
     def energies(self, idx):
         """
         What attention descends, layer by layer, for idx (B, T): dict of
-            before, after   free energy of the queries before and after attention's step, among the keys before it, in units
-                            of the logits times T, (layers, nh), mean over sequences and positions
-            entropy         of attention's weights in nats, (layers, nh); None for the linear energies
-            attention       the weights themselves for the first sequence, (layers, nh, T, T); None likewise
+            before, after   free energy of the queries before and after the step that attention moves (under Euler splitting
+                            with the MLP), among the keys that it saw: (layers, nh), means over sequences and positions,
+                            in units of q.k, for the linear energies of its square
+            entropy         of the p_j that it summed with, in nats: (layers, nh); None for the linear energies
+            attention       these p_j for the first sequence: (layers, nh, T, T); None likewise
         """
         x, v = self.embed(idx)
         rows = defaultdict(list)
         for block in self.layers():
-            start = block.ln_1(x)
-            (rule, oracles), *others = block.steps()
-            x, v = rule(x, v, *oracles)
-            before, p = block.attn.free_energy(start, start)
-            after, _ = block.attn.free_energy(block.ln_1(x), start)
-            rows["before"].append(before.mean((0, 2)))
-            rows["after"].append(after.mean((0, 2)))
+            (rule, (attention, *mlp)), *others = block.steps()
+            seen = []  # where the rule asks attention for a direction: at x, or ahead of it
+            moved, v = rule(x, v, lambda y, A=attention, seen=seen: seen.append(y) or A(y), *mlp)
+            context = block.ln_1(seen[0])
+            for key, at in (("before", x), ("after", moved)):
+                rows[key].append(block.attn.free_energy(block.ln_1(at), context)[0].mean((0, 2)))
+            _, p = block.attn.free_energy(context, context)
             if p is not None:
                 rows["entropy"].append(-torch.xlogy(p, p).sum(-1).mean((0, 2)))
                 rows["attention"].append(p[0])
+            x = moved
             for rule, oracles in others:
                 x, v = rule(x, v, *oracles)
         return {key: torch.stack(rows[key]) if rows[key] else None for key in ("before", "after", "entropy", "attention")}

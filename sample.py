@@ -14,7 +14,6 @@ import torch
 import checkpoint
 from configurator import UserError, cli, parse
 from data import get_tokenizer
-from model import GPT, GPTConfig
 
 
 @dataclass
@@ -42,13 +41,8 @@ class Config:
 def main(arguments):
     cfg = parse(Config, arguments)
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    state = checkpoint.load(os.path.join(cfg.out_dir, cfg.ckpt), device)
-    try:
-        config = GPTConfig(**state["model_config"] | ({"n_loop": cfg.n_loop} if cfg.n_loop is not None else {}))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    model = GPT(config).to(device).eval()
-    model.load_state_dict(state["model"])
+    choices = {} if cfg.n_loop is None else dict(n_loop=cfg.n_loop)
+    model, state = checkpoint.load_model(os.path.join(cfg.out_dir, cfg.ckpt), device, **choices)
     tokenizer = get_tokenizer(state["tokenizer"])
 
     prompt = cfg.start

@@ -190,7 +190,7 @@ def test_cem_mlp_descends_its_energy():
 def test_reported_free_energies_are_those_of_the_definitions():
     """model.energies against the energies above: one layer, mean over sequences and positions; the entropy likewise."""
     definitions = dict(
-        MHA=inner_product_energy, LightMHA2nd1st=elastic_energy, HuberMHA=lambda q, k: huber_energy(q, k, math.sqrt(8)),
+        MHA=inner_product_energy, NagMHA=inner_product_energy, HuberMHA=lambda q, k: huber_energy(q, k, math.sqrt(8)),
         LinearMHA=lambda q, k: -0.5 * (k @ q).square().sum(),
     )  # fmt: skip
     for variant, energy in definitions.items():
@@ -209,6 +209,15 @@ def test_reported_free_energies_are_those_of_the_definitions():
             p = energies["attention"][0]
             torch.testing.assert_close(p.sum(-1), torch.ones(2, 12))
             assert p.triu(1).sum() == 0
+    ahead = tiny("NagMHA")
+    inputs = []
+    for block in ahead.transformer.h:
+        block.attn.register_forward_pre_hook(lambda attn, args: inputs.append(args[0]))
+    ahead(idx)
+    for block, read, p in zip(ahead.transformer.h, tuple(inputs), ahead.energies(idx)["attention"], strict=True):
+        q, k, _ = block.attn.qkv(read)  # what attention read in a forward pass, ahead of x
+        used = by_query(lambda q, k: F.pad((k @ q / math.sqrt(8)).softmax(0), (0, 12 - len(k))), q[:1], k[:1])
+        torch.testing.assert_close(p, used[0])
     x, _ = (cem := tiny("CEM", n_layer=1, bias=False)).embed(idx)
     block = cem.transformer.h[0]
     x = block.ln_1(x)
@@ -486,6 +495,26 @@ def test_dropout_and_eval_mode(variant):
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@every_variant
+def test_no_graph_breaks(variant):
+    model = tiny(variant, n_layer=1)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    idx = tokens(model)
+    assert compiled(idx, idx)[1] == model(idx, idx)[1]
+
+
+def test_reversible_layers_run_beside_compiled_ones():
+    model = tiny(**REVERSIBLE)
+    idx = tokens(model)
+    gradients = []
+    for running in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        running(idx, idx)[1].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 # loss of a step and the loss after it: they may change only with the mathematics or the initialisation, on purpose

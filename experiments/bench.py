@@ -16,11 +16,10 @@ import resource
 import statistics
 import time
 
-import matplotlib.pyplot as plt
 import torch
 
 from configurator import UserError, cli
-from experiments.plot import new_figure
+from experiments.plot import new_figure, save
 from model import GPT, VARIANTS, GPTConfig
 
 
@@ -99,8 +98,7 @@ def memory(args):
     ax.set(xlabel="layers", ylabel="peak memory of a step beyond the weights (MB)", ylim=0, xticks=args.depths)
     ax.set_title(f"width {args.n_embd}, {args.batch_size} x {args.block_size} tokens, gradients included", fontsize=10)
     ax.legend(frameon=False)
-    fig.savefig(os.path.splitext(args.out)[0] + "_memory.png")
-    plt.close(fig)
+    save(fig, os.path.splitext(args.out)[0] + "_memory.png")
     return result
 
 

@@ -20,20 +20,20 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import train
 from configurator import UserError, cli, parse
-from experiments.plot import new_figure, read_metrics
+from experiments.plot import new_figure, read_metrics, save
 from model import GPT, GPTConfig
-from train import Config
 
 
 def run(command, folder, threads):
     """One run of train.py in a process of its own, its output in FOLDER.log, unless it has finished before."""
-    cfg = parse(Config, command)
+    cfg = parse(train.Config, command)
     metrics = os.path.join(folder, "metrics.jsonl")
     if os.path.exists(metrics) and any(r["step"] == cfg.max_iters for r in read_metrics(folder) if "val_loss" in r):
         return
     with open(f"{folder}.log", "w") as log:
-        done = subprocess.run([sys.executable, "train.py", *command], stdout=log, stderr=log,
+        done = subprocess.run([sys.executable, train.__file__, *command], stdout=log, stderr=log,
                               env=os.environ | dict(OMP_NUM_THREADS=str(threads)))  # fmt: skip
     if done.returncode:
         raise UserError(f"the run failed, see {folder}.log: python train.py {' '.join(command)}")
@@ -68,7 +68,7 @@ def main(arguments):
             folders[system, seed] = folder
             flags = [f"--variant={system.split()[0]}", *shlex.split(system)[1:], f"--seed={seed}", f"--out_dir={folder}"]
             commands[folder] = [args.config, *shared, *flags]
-            parse(Config, commands[folder])  # complain before the first run, not after the last but one
+            parse(train.Config, commands[folder])  # complain before the first run, not after the last but one
     os.makedirs(os.path.join("out", args.name), exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         threads = max(1, torch.get_num_threads() // args.jobs)
@@ -78,14 +78,14 @@ def main(arguments):
 
     metrics = {key: read_metrics(folder) for key, folder in folders.items()}
     final = {key: [r["val_loss"] for r in records if "val_loss" in r][-1] for key, records in metrics.items()}
-    cfg = parse(Config, commands[folder])
-    base = args.systems[0]
+    cfg = parse(train.Config, commands[folder])
+    base, seeds = args.systems[0], ", ".join(map(str, args.seeds))
     lines = [
         f"`python -m experiments.compare {shlex.join(arguments)}`\n",
         f"Validation loss in nats per token after {cfg.max_iters:,} steps, {metrics[base, args.seeds[0]][-1]['tokens']:,} "
-        f"tokens, of {cfg.dataset}; mean ± standard deviation over seeds {', '.join(map(str, args.seeds))}. {cfg.n_layer} layers, width "
-        f"{cfg.n_embd}, context {cfg.block_size}; torch {torch.__version__}. Spike: the largest ratio of a training loss to "
-        "the mean of the ten logged before it.\n",
+        f"tokens, of {cfg.dataset}; mean ± standard deviation over seeds {seeds}. {cfg.n_layer} layers, width {cfg.n_embd}, "
+        f"context {cfg.block_size}; torch {torch.__version__}. Spike: the largest ratio of a training loss to the mean of "
+        "the ten logged before it.\n",
         f"| system | loss | minus {base}'s, seed by seed | spike | embedding | layers | scalars |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
@@ -112,9 +112,9 @@ def main(arguments):
         (line,) = ax.plot(steps, [statistics.mean(values) for values in losses], marker="o", ms=3, label=system)
         ax.fill_between(steps, [min(v) for v in losses], [max(v) for v in losses], alpha=0.15, color=line.get_color(), lw=0)
     ax.set(xlabel="training step", ylabel="validation loss (nats per token)")
-    ax.set_title(f"{cfg.dataset}, mean and range of seeds {', '.join(map(str, args.seeds))}", fontsize=10)
+    ax.set_title(f"{cfg.dataset}, mean and range of seeds {seeds}", fontsize=10)
     ax.legend(frameon=False, fontsize=7, ncols=2)
-    fig.savefig(f"results/{args.name}.png")
+    save(fig, f"results/{args.name}.png")
 
 
 if __name__ == "__main__":

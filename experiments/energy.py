@@ -20,21 +20,10 @@ from matplotlib.ticker import MaxNLocator
 import checkpoint
 from configurator import UserError, cli
 from data import Split, read_meta
-from experiments.plot import plt
-from model import GPT, GPTConfig, Scalar
+from experiments.plot import plt, save
+from model import Scalar
 
 HEADS, POSITIONS = 4, 64  # of the attention weights, as many as stay readable
-
-
-def load(path):
-    """A checkpoint's model, and the checkpoint. Raises UserError."""
-    state = checkpoint.load(path)
-    try:
-        model = GPT(GPTConfig(**state["model_config"])).eval()
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this model.py: {str(error).splitlines()[0]}") from None
-    return model, state
 
 
 def read(folder, split, sequences, config):
@@ -156,17 +145,12 @@ def main(arguments):
     parser.add_argument("--split", choices=("train", "val"), default="val")
     args = parser.parse_args(arguments)
 
-    model, state = load(os.path.join(args.out_dir, args.ckpt))
+    model, state = checkpoint.load_model(os.path.join(args.out_dir, args.ckpt))
     folder = os.path.join(args.data_dir or state["config"]["data_dir"], state["config"]["dataset"])
     energies = model.energies(read(folder, args.split, args.sequences, model.config))
     print(table(energies))
     fig = draw(energies, scalars(model), model.config, f"{model.config.variant} after {state['step']:,} steps")
-    try:
-        fig.savefig(args.out)
-    except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror}; choose another --out") from None
-    plt.close(fig)
-    print(args.out)
+    save(fig, args.out)
 
 
 if __name__ == "__main__":

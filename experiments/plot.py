@@ -38,6 +38,16 @@ def new_figure():
     return fig, ax
 
 
+def save(fig, path):
+    """Write the figure and say where. Raises UserError."""
+    try:
+        fig.savefig(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+    plt.close(fig)
+    print(path)
+
+
 def label(path):
     return os.path.basename(os.path.normpath(path.removesuffix("metrics.jsonl")))
 
@@ -59,8 +69,7 @@ def main(arguments):
     ax.set_ylabel("loss (nats per token)")
     ax.set_title("validation loss (dots) and training loss (faint)", fontsize=10)
     ax.legend(frameon=False)
-    fig.savefig(args.out)
-    print(args.out)
+    save(fig, args.out)
 
 
 if __name__ == "__main__":
