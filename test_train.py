@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -319,3 +320,29 @@ def test_compare(data, tmp_path, monkeypatch, capsys):
     compare.main(command)
     assert (tmp_path / "out/small/MHA-1/ckpt.pt").stat().st_mtime == written
     assert (tmp_path / "results" / "small.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_readme_commands(tmp_path):
+    """Every command of the README's code blocks runs as written, on tiny models and budgets."""
+    shared = ROOT.parent / "shared" / "data"
+    if not shared.exists():
+        pytest.skip("needs ../shared/data, for a text file and a copy of a hub data set")
+    shutil.copy(shared / "tinyshakespeare" / "input.txt", tmp_path)
+    for name in ("config", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    small = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=1 --eval_interval=2 --max_iters=2"
+    extra = {"train.py": small, "sample.py": "--max_new_tokens=5", "lis": "--documents=2000"}
+    extra |= {"minipile": f"--source={shared / 'tinystories-sample'}", "resume": "--max_iters=4", "compare": f"-- {small}"}
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    assert len(commands) > 12
+    env = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1",
+                            TIKTOKEN_CACHE_DIR=str(shared / "tiktoken_cache"))  # fmt: skip
+    for command in commands:
+        if not command.startswith("make"):
+            command += "".join(f" {flags}" for word, flags in extra.items() if word in command)
+            done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"

@@ -136,6 +136,7 @@ def train(cfg):
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
         short = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif kind == "cpu":
         cpu = torch.cpu.get_capabilities()
@@ -143,7 +144,6 @@ def train(cfg):
     else:
         short = "float32"
     dtype = cfg.dtype if cfg.dtype != "auto" else short
-    torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
     autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
 
