@@ -77,8 +77,8 @@ def convert(value, type_):
     """value, a TOML value or a command line's text, as type_. Raises ValueError."""
     if isinstance(type_, types.UnionType):  # X | None
         return None if value == "None" else convert(value, type_.__args__[0])
-    if isinstance(value, str) and type_ is bool:
-        return {"true": True, "false": False}.get(value.lower()) if value.lower() in ("true", "false") else int("")
+    if isinstance(value, str) and type_ is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if isinstance(value, str) and type_ in (int, float):
         return type_(value)
     if type_ is float and type(value) is int:

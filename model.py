@@ -101,9 +101,9 @@ class GPTConfig:
     diagonal: bool | None = None  # tied: a diagonal term in every head's interaction
     qk_norm: bool | None = None  # give all queries one norm and all keys one norm
     reversible: bool | None = None  # rebuild activations in the backward pass instead of storing them
-    beta: float | None = None  # velocity kept from one step to the next, in (0, 1)
+    beta: float | None = None  # velocity kept from one step to the next, in [0, 1)
     gamma: float | None = None  # weight of the oracle in the velocity, positive
-    mu: float | None = None  # nesterov, triple: how far to look ahead along the velocity; None: eta beta
+    mu: float | None = None  # nesterov, triple: how far to look ahead along the velocity; else eta beta
     eta: float | None = None  # length of the step along the velocity, positive
     learned: str | None = None  # which of "beta gamma mu eta" each layer learns; the others stay fixed
     delta: float | None = None  # huber: distance, in units of sqrt(hs), beyond which a key's pull is constant
@@ -113,6 +113,8 @@ class GPTConfig:
 
     def __post_init__(self):
         row = VARIANTS.get(self.variant, {})
+        if (self.momentum or row.get("momentum")) not in ("nesterov", "triple"):  # no look-ahead
+            row = row | dict(mu=None, learned=row.get("learned", "").replace(" mu", ""))
         for name, default in ({axis: values[0] for axis, values in AXES.items()} | NUMBERS).items():
             if getattr(self, name) is None:
                 setattr(self, name, row.get(name, default))
@@ -123,7 +125,7 @@ class GPTConfig:
         """What is wrong with this configuration: for each thing the value, the rule and the remedy."""
         near = difflib.get_close_matches(str(self.variant), VARIANTS, n=1, cutoff=0.4)
         names, velocity = set(self.learned.split()), self.momentum not in ("none", "dense")
-        plain = dict(curvature="none", energy="softmax", qk_norm=False)
+        steps = 2 * self.n_layer * self.n_loop
         # fmt: off
         rules = [  # what must hold, and what to say where it doesn't
             (self.variant in VARIANTS, f"variant={self.variant!r} is none of {', '.join(VARIANTS)}"
@@ -135,7 +137,7 @@ class GPTConfig:
             (self.n_head < 1 or self.n_embd % self.n_head == 0,
              f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}"),
             (0 <= self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1)"),
-            (0 < self.beta < 1, f"beta={self.beta} must lie in (0, 1)"),
+            (0 <= self.beta < 1, f"beta={self.beta} must lie in [0, 1)"),
             *((getattr(self, n) > 0, f"{n}={getattr(self, n)} must be positive") for n in ("gamma", "eta", "delta")),
             (self.mu is None or 0 <= self.mu < 1, f"mu={self.mu} must lie in [0, 1)"),
             (self.precond_rank >= 0, f"precond_rank={self.precond_rank} must be at least 0"),
@@ -144,12 +146,16 @@ class GPTConfig:
              f"curvature={self.curvature} is derived for energy=softmax: with energy={self.energy} take curvature=none"),
             (self.momentum != "none" or self.momentum_on == "attention",
              "momentum_on=both needs something to carry on: take another momentum than none"),
-            (velocity or not names, f"learned={self.learned!r} names scalars of a velocity, which momentum={self.momentum} "
-             "has not: take learned= or another momentum"),
-            (velocity or not self.velocity_norm,
-             f"velocity_norm=True needs a velocity, which momentum={self.momentum} has not: take another momentum"),
+            *((velocity or getattr(self, n) == default,
+               f"{n}={getattr(self, n)!r} belongs to a velocity, momentum={self.momentum} has none: take {n}={default!r}")
+              for n, default in dict(learned="", velocity_norm=False, gamma=1.0).items()),
+            *((self.momentum != "none" or getattr(self, n) == NUMBERS[n], f"{n}={getattr(self, n)} belongs to a momentum")
+              for n in ("beta", "eta")),
             (self.momentum != "dense" or self.velocity_init == "zero",
-             "velocity_init=embed needs a velocity, which momentum=dense has not: take velocity_init=zero"),
+             "velocity_init=embed belongs to a velocity, momentum=dense has none: take velocity_init=zero"),
+            (self.momentum in ("nesterov", "triple") or (self.mu is None and "mu" not in names),
+             f"mu is the look-ahead of nesterov and triple, momentum={self.momentum} has none: leave mu out"),
+            (self.energy == "huber" or self.delta == NUMBERS["delta"], f"delta={self.delta} belongs to energy=huber"),
             (self.momentum != "dense" or self.n_loop == 1,
              f"momentum=dense learns a weight for each pair of layers, not of n_loop={self.n_loop} rounds: take n_loop=1"),
             ("mu" not in names or self.mu, f"learned={self.learned!r} needs a mu in (0, 1) to start from: give mu"),
@@ -159,16 +165,16 @@ class GPTConfig:
              "momentum=verlet kicks with attention, drifts and kicks with the MLP: "
              "take momentum_on=both and splitting=lie_trotter"),
             *((not self.tied or getattr(self, n) == value, f"tied=True descends the energy of x itself: take {n}={value}")
-              for n, value in plain.items()),
+              for n, value in dict(curvature="none", energy="softmax", qk_norm=False).items()),
             *((self.tied or getattr(self, n) == NUMBERS.get(n, False), f"{n}={getattr(self, n)} belongs to tied=True")
               for n in ("diagonal", "precond_rank", "inner_steps")),
             (not self.reversible or (self.momentum, self.momentum_on, self.splitting, self.velocity_norm)
              == ("polyak", "both", "lie_trotter", False), "reversible=True inverts polyak's steps: take momentum=polyak, "
              "momentum_on=both, splitting=lie_trotter and velocity_norm=False"),
             (not self.reversible or self.dropout == 0, "reversible=True computes every oracle twice: take dropout=0"),
-            (not self.reversible or self.beta ** (2 * self.n_layer * self.n_loop) > 1e-8,
-             f"reversible=True divides by beta={self.beta} at each of {2 * self.n_layer * self.n_loop} steps back, more than "
-             f"float64 can bear: take beta of at least {0.5e-8 ** (0.5 / max(1, self.n_layer * self.n_loop)):.2f}"),
+            (not self.reversible or self.beta**steps > 1e-8,
+             f"reversible=True divides by beta={self.beta} at each of {steps} steps back, more than float64 can bear: "
+             f"take beta of at least {1e-8 ** (1 / max(1, steps)) + 0.005:.2f}"),
         ]
         # fmt: on
         return [problem for holds, problem in rules if not holds]
@@ -253,6 +259,9 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
     log_a: (B, nh, T), float32, <= 0. S: (B, nh, hs, hs), float32, after the tokens before q; None if there are none.
     Returns o and the S after the last token.
     """
+    if q.dtype == torch.float16:  # cannot hold a sum over many keys
+        with torch.autocast(q.device.type, enabled=False):
+            return linear_attention(q.float(), k.float(), v.float(), log_a, S, chunk)
     if S is None:
         S = log_a.new_zeros(*q.shape[:2], k.size(3), v.size(3))
     outputs = []
@@ -299,8 +308,8 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
         C, nh = config.n_embd, config.n_head
+        self.config, self.temperature = config, math.sqrt(C / nh)
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -331,7 +340,7 @@ class Attention(nn.Module):
                 case "softmax", "light":
                     o = light_attention(q, k, v, self.tau(), dropout)
                 case "huber", _:
-                    o = huber_attention(q, k, v, self.config.delta * self.T, dropout)
+                    o = huber_attention(q, k, v, self.config.delta * self.temperature, dropout)
         return self.resid_dropout(self.c_proj(o.transpose(1, 2).reshape(B, T, C)))
 
     def free_energy(self, x, context):
@@ -345,13 +354,9 @@ class Attention(nn.Module):
             b = self.log_gate(context).cumsum(-1)
             D = (b[..., :, None] - b[..., None, :]).masked_fill(~seen, -math.inf).exp()
             return (-(q @ k.mT).square() / 2 * D).sum(-1), None
-        E = huber(distances(q, k), self.config.delta * self.T) if self.config.energy == "huber" else -q @ k.mT
-        logits = (-E / self.T).masked_fill(~seen, -math.inf)
-        return -self.T * logits.logsumexp(-1), logits.softmax(-1)
-
-    @property
-    def T(self):
-        return math.sqrt(self.config.n_embd / self.config.n_head)
+        E = huber(distances(q, k), self.config.delta * self.temperature) if self.config.energy == "huber" else -q @ k.mT
+        logits = (-E / self.temperature).masked_fill(~seen, -math.inf)
+        return -self.temperature * logits.logsumexp(-1), logits.softmax(-1)
 
     def qkv(self, x):
         """Queries, keys and values, (B, nh, T, hs) each."""
@@ -376,14 +381,15 @@ class TiedAttention(nn.Module):
         E(x_i) = -T sum_h log sum_j exp(x_i^T A_h x_j / T)        A_h = W_Q,h^T W_K,h (+ diag(a_h))
         g_i = sum_h (W_Q,h^T sum_j p_j W_K,h x_j (+ a_h * sum_j p_j x_j))
 
-    so the values are the keys and the output projection is the transposed query projection. inner_steps > 1 descends
-    again from the moved x, on the same keys: g = sum_s eta_s P g_i(x_i + the steps so far), P the preconditioner.
+    (with biases the queries and keys are affine in x). So the values are the keys and the output projection is the
+    transposed query projection. inner_steps > 1 descends again from the moved x, on the same keys:
+    g = sum_s eta_s P g_i(x_i + the steps so far), P the preconditioner.
     """
 
     def __init__(self, config):
         super().__init__()
         C, n = config.n_embd, config.inner_steps
-        self.config = config
+        self.config, self.temperature = config, math.sqrt(C / config.n_head)
         self.c_attn = nn.Linear(C, 2 * C, bias=config.bias)  # W_Q and W_K
         self.a = Scalar(torch.zeros(config.n_head, 1, C)) if config.diagonal else None
         self.eta = Scalar(torch.full((n,), 1 / n), "positive") if n > 1 else None
@@ -398,7 +404,7 @@ class TiedAttention(nn.Module):
         moved = 0.0
         for s in range(self.config.inner_steps):
             q = self.project(x + moved, 0)
-            o = softmax_attention(q, k, k, self.config.dropout if self.training else 0.0, scale=1 / self.T)
+            o = softmax_attention(q, k, k, self.config.dropout if self.training else 0.0, scale=1 / self.temperature)
             kbar, xbar = o.tensor_split([x.size(2) // self.config.n_head], dim=3)
             g = kbar.transpose(1, 2).flatten(2) @ W_Q
             if self.a is not None:
@@ -409,11 +415,9 @@ class TiedAttention(nn.Module):
 
     def free_energy(self, x, context):
         """As Attention's; summed over heads it is E of the class's docstring."""
-        logits = self.project(x, 0) @ self.project(context, 1).mT / self.T
+        logits = self.project(x, 0) @ self.project(context, 1).mT / self.temperature
         logits = logits.masked_fill(~causal(logits, logits), -math.inf)
-        return -self.T * logits.logsumexp(-1), logits.softmax(-1)
-
-    T = Attention.T
+        return -self.temperature * logits.logsumexp(-1), logits.softmax(-1)
 
     def project(self, x, which):
         """Queries (0) or keys (1), (B, nh, T, hs); the diagonal's x_i^T diag(a) x_j is a product too and makes it hs + C."""
@@ -492,7 +496,7 @@ class Momentum(nn.Module):
         nesterov    mu = eta beta, or mu of its own                           [Ren] NagMHA, [Zimin]
         triple      nesterov with its own eta, learned ([Gai]'s nu)           [Gai]
         verlet      mu = 0; attention kicks and x drifts, the MLP only kicks, but for a last drift
-                    after the last layer, without which its MLP would not count            (derived)
+                    after the last layer of a round, whose MLP would not count without it  (derived)
         imex        mu = 0; friction implicit: v <- N(v + sum_k gamma_k g_k) / (1 + lambda), where beta = 1 / (1 + lambda).
                     It stands outside N, which forgets the length of what it is given       (derived)
 
@@ -505,7 +509,8 @@ class Momentum(nn.Module):
         learned = config.learned.split() + ["eta"] * (config.momentum == "triple")
         self.implicit, self.drift = config.momentum == "imex", drift
         self.looks_ahead, self.mu = config.momentum in ("nesterov", "triple"), None
-        self.beta = Scalar(config.beta, "unit", "beta" in learned)
+        # a sigmoid could not leave 0, where surgery starts
+        self.beta = Scalar(config.beta, "unit" if config.beta > 0 else "real", "beta" in learned)
         self.gamma = nn.ModuleList(Scalar(config.gamma, "positive", "gamma" in learned) for _ in range(n_oracles))
         if drift:
             self.eta = Scalar(config.eta, "positive", "eta" in learned)
@@ -642,6 +647,11 @@ class Cache:
 
 
 class GPT(nn.Module):
+    """
+    Token and position tables, the stack of blocks, a final LayerNorm and a head tied to the token table. Weights start
+    as GPT-2's: normal with standard deviation 0.02, output projections with 0.02 / sqrt(2 n_layer), whatever n_loop.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -680,8 +690,9 @@ class GPT(nn.Module):
         """
         idx, targets: (B, T) int64; a target of -1 is not counted. Returns logits (B, T, vocab_size) and the mean
         cross entropy in nats per token, or without targets the logits of the last position, (B, 1, vocab_size), and
-        None. caches, one for each of layers(), hold the `past` tokens before idx.
+        None. caches, one for each of layers(), hold the `past` tokens before idx, which is then a single token.
         """
+        assert past == 0 or idx.size(1) == 1
         x, v = self.embed(idx, past)
         if self.config.reversible and torch.is_grad_enabled():
             steps = [step for block in self.layers() for step in block.steps()]
@@ -766,7 +777,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Multiplications and additions of a training step (forward and twice that backward) per token of a full context."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             idx = torch.zeros(1, self.config.block_size, dtype=torch.long)
             GPT(self.config)(idx, idx)
         return 3 * counter.get_total_flops() / self.config.block_size

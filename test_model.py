@@ -2,11 +2,12 @@
 
 import math
 import re
+import runpy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, hessian, jvp, vmap
 
@@ -14,6 +15,7 @@ from model import (
     AXES,
     GPT,
     VARIANTS,
+    Cache,
     GPTConfig,
     Momentum,
     Scalar,
@@ -151,7 +153,7 @@ def cem_energy(attn, x, context, i):
     total = 0
     for h in range(nh):
         A = W_Q[h].T @ W_K[h] + (attn.a.raw[h, 0].diag() if attn.a is not None else 0)
-        total = total - attn.T * torch.logsumexp(context[: i + 1] @ A.T @ x / attn.T, 0)
+        total = total - attn.temperature * torch.logsumexp(context[: i + 1] @ A.T @ x / attn.temperature, 0)
     return total
 
 
@@ -188,7 +190,7 @@ def test_cem_mlp_descends_its_energy():
 
 
 def test_reported_free_energies_are_those_of_the_definitions():
-    """model.energies against the energies above: one layer, mean over sequences and positions; the entropy likewise."""
+    """model.energies against the energies above, means over sequences and positions, and against what attention read."""
     definitions = dict(
         MHA=inner_product_energy, NagMHA=inner_product_energy, HuberMHA=lambda q, k: huber_energy(q, k, math.sqrt(8)),
         LinearMHA=lambda q, k: -0.5 * (k @ q).square().sum(),
@@ -214,10 +216,15 @@ def test_reported_free_energies_are_those_of_the_definitions():
     for block in ahead.transformer.h:
         block.attn.register_forward_pre_hook(lambda attn, args: inputs.append(args[0]))
     ahead(idx)
-    for block, read, p in zip(ahead.transformer.h, tuple(inputs), ahead.energies(idx)["attention"], strict=True):
+    energies = ahead.energies(idx)
+    for block, read, p, entropy in zip(
+        ahead.transformer.h, inputs[:3], energies["attention"], energies["entropy"], strict=True
+    ):
         q, k, _ = block.attn.qkv(read)  # what attention read in a forward pass, ahead of x
         used = by_query(lambda q, k: F.pad((k @ q / math.sqrt(8)).softmax(0), (0, 12 - len(k))), q[:1], k[:1])
         torch.testing.assert_close(p, used[0])
+        used = by_query(lambda q, k: torch.distributions.Categorical(logits=k @ q / math.sqrt(8)).entropy(), q, k)
+        torch.testing.assert_close(entropy, used.mean((0, 2)))
     x, _ = (cem := tiny("CEM", n_layer=1, bias=False)).embed(idx)
     block = cem.transformer.h[0]
     x = block.ln_1(x)
@@ -392,8 +399,8 @@ def test_momenmha_unrolls_to_a_densenet():
     torch.testing.assert_close(ends[1], ends[0] + sum(c * g for c, g in zip(c, g, strict=True)))
 
 
-@pytest.mark.parametrize("choice", [dict(curvature="newton"), dict(curvature="light"), dict(momentum="polyak", beta=1e-9),
-                                    dict(momentum="nesterov", beta=1e-9)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("choice", [dict(curvature="newton"), dict(curvature="light"), dict(momentum="polyak", beta=0.0),
+                                    dict(momentum="nesterov", beta=0.0, learned="beta")], ids=str)  # fmt: skip
 def test_without_correction_or_velocity_a_variant_is_mha(choice):
     mha, model = tiny(), GPT(GPTConfig(**(vars(tiny().config) | choice))).eval()
     model.load_state_dict(mha.state_dict(), strict=False)
@@ -522,21 +529,21 @@ GOLDEN = {
     "MHA": (3.908, 3.6609, 3.5005),
     "MomenMHA": (3.9072, 3.6802, 3.5077),
     "NagMHA": (3.9064, 3.6868, 3.5246),
-    "MHA2nd1st": (3.908, 3.6609, 3.5005),
-    "LightMHA2nd1st": (3.908, 3.6609, 3.5005),
+    "MHA2nd1st": (3.908, 3.6613, 3.4997),
+    "LightMHA2nd1st": (3.908, 3.6613, 3.4997),
     "LinearMHA": (3.9168, 3.822, 3.7619),
     "GatedLinearMHA": (3.8838, 3.8352, 3.7458),
     "HuberMHA": (3.9081, 3.6616, 3.497),
-    "DenseMHA": (3.9072, 3.6808, 3.5082),
-    "YuriiFormer": (3.8913, 3.5786, 3.3173),
-    "YuriiFormerEuler": (3.8945, 3.5727, 3.301),
-    "PolyakFormer": (3.8912, 3.5782, 3.3104),
-    "VerletFormer": (3.8912, 3.5794, 3.3121),
-    "IMEXFormer": (3.8912, 3.5706, 3.3044),
-    "TMMFormer": (3.8913, 3.5786, 3.3173),
+    "DenseMHA": (3.9049, 3.7103, 3.5447),
+    "YuriiFormer": (3.8914, 3.5933, 3.347),
+    "YuriiFormerEuler": (3.8957, 3.5918, 3.3248),
+    "PolyakFormer": (3.8913, 3.5961, 3.3242),
+    "VerletFormer": (3.8913, 3.5975, 3.3257),
+    "IMEXFormer": (3.8913, 3.5922, 3.3219),
+    "TMMFormer": (3.8915, 3.5934, 3.3462),
     "EmbedControl": (3.8869, 3.6016, 3.4048),
     "CEM": (3.9056, 3.5863, 3.4155),
-    "CEM+": (3.9053, 3.6128, 3.4516),
+    "CEM+": (3.8954, 3.5812, 3.3483),
     "LoopNagMHA": (3.8941, 3.8017, 3.7311),
 }
 
@@ -546,6 +553,9 @@ def test_golden_training_step(variant):
     torch.manual_seed(0)
     model = GPT(GPTConfig(variant=variant, n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50))
     idx = tokens(model, B=4)
+    for name, p in model.named_parameters():
+        if name.endswith("raw"):  # away from 0, where a variant may be MHA
+            p.data += 0.5
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(3):
@@ -554,7 +564,7 @@ def test_golden_training_step(variant):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses == pytest.approx(GOLDEN[variant], abs=5e-4)
+    assert losses == pytest.approx(GOLDEN[variant], abs=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -593,25 +603,39 @@ def test_reversible_activation_memory_does_not_grow_with_depth():
     assert saved(24, reversible=False) > 5 * saved(24)
 
 
-legal = st.fixed_dictionaries({axis: st.sampled_from(values) for axis, values in AXES.items()} | dict(
-    beta=st.floats(0.7, 0.95), n_loop=st.sampled_from([1, 2]), inner_steps=st.sampled_from([1, 2]),
-    precond_rank=st.sampled_from([0, 2]), learned=st.sampled_from(["", "beta", "beta gamma eta"]),
-))  # fmt: skip
+@st.composite
+def legal(draw):
+    """Choices that make sense together, each value of each axis about as often as the others."""
+    pick = lambda condition, *values: draw(st.sampled_from(values)) if condition else values[0]  # noqa: E731
+    momentum, energy = draw(st.sampled_from(AXES["momentum"])), draw(st.sampled_from(AXES["energy"]))
+    velocity = momentum not in ("none", "dense")
+    tied = pick(energy == "softmax", False, True)
+    c = dict(momentum=momentum, energy=energy, tied=tied, qk_norm=pick(not tied, False, True),
+             curvature=pick(energy == "softmax" and not tied, "none", "newton", "light"),
+             diagonal=pick(tied, False, True), precond_rank=pick(tied, 0, 2), inner_steps=pick(tied, 1, 3),
+             momentum_on="both" if momentum == "verlet" else pick(momentum != "none", "attention", "both"),
+             velocity_init=pick(momentum != "dense", "zero", "embed"), velocity_norm=pick(velocity, False, True),
+             learned=pick(velocity, "", "beta", "beta gamma eta"), n_loop=pick(momentum != "dense", 1, 2))  # fmt: skip
+    both = momentum == "none" or (c["momentum_on"] == "both" and momentum != "verlet")
+    c["splitting"] = pick(both, "lie_trotter", "euler")
+    plain = momentum == "polyak" and c["momentum_on"] == "both" and not c["velocity_norm"]
+    c["reversible"] = pick(plain and c["splitting"] == "lie_trotter", False, True)
+    return c | (dict(beta=draw(st.floats(0.7, 0.95))) if momentum != "none" else {})
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
-@given(legal)
-def test_random_legal_combinations(choices):
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(legal(), st.sampled_from([1, 5, 8]), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_random_legal_combinations(choices, T, dtype):
     """Finite, strictly causal, every parameter with a gradient, and cached text equal to uncached."""
-    try:
-        config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31, **choices)
-    except ValueError:
-        assume(False)
-    model = tiny(**vars(config))
-    idx = tokens(model, B=1)
-    logits, loss = model(idx, idx.roll(-1, 1))
+    model = tiny(**dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=31) | choices)
+    idx = tokens(model, B=1, T=T)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits, loss = model(idx, idx.roll(-1, 1))
     loss.backward()
+    assert logits.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    idx = tokens(model, B=1)
+    logits, _ = model(idx, idx)
     changed = idx.clone()
     changed[0, 5] = (idx[0, 5] + 1) % 31
     difference = (model(changed, idx)[0] - logits).abs().amax(-1)[0]
@@ -619,6 +643,50 @@ def test_random_legal_combinations(choices):
     text = model.generate(idx[:, :2], 9, temperature=0)
     for n in range(2, 11):
         assert model(text[:, max(0, n - 8) : n])[0].argmax() == text[0, n]
+
+
+def test_flops_are_those_of_the_matrix_products():
+    """6 for each weight of a matrix that a token meets, and 12 L C T for attention's two products over all keys."""
+    model = tiny(n_layer=3, n_embd=16, block_size=12, vocab_size=31)
+    weights = 3 * 12 * 16**2 + 31 * 16
+    assert model.flops_per_token() == 6 * weights + 12 * 3 * 16 * 12
+
+
+def test_qk_norm_gives_queries_and_keys_one_norm():
+    attn = tiny(qk_norm=True).transformer.h[0].attn
+    q, k, _ = attn.qkv(torch.randn(2, 5, 16))
+    for t in (q, k):
+        torch.testing.assert_close(t.norm(dim=-1), torch.full((2, 2, 5), math.sqrt(8)))
+
+
+def test_gates_and_states_stay_float32_under_autocast():
+    attn, cache = tiny("GatedLinearMHA").transformer.h[0].attn, Cache(12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attn.log_gate(torch.randn(2, 5, 16)).dtype == torch.float32
+        attn(torch.randn(2, 5, 16), cache)
+    assert cache.S.dtype == torch.float32
+
+
+def test_linear_attention_in_float16_does_not_overflow():
+    q = torch.full((1, 1, 1024, 64), 3.0, dtype=torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        o, S = linear_attention(q, q, q, torch.zeros(1, 1, 1024))
+    assert o.isfinite().all() and S.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", [softmax_attention, newton_attention, light_attention, huber_attention])
+def test_attention_drops_weights(attention):
+    q, k, v = heads()
+    scalar = [] if attention is softmax_attention else [0.5]
+    o = attention(q, k, v, *scalar, dropout=0.9)
+    assert not torch.allclose(o, attention(q, k, v, *scalar))
+
+
+def test_table_names_every_variant(capsys):
+    runpy.run_module("model", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(VARIANTS)
+    assert "| `MHA` | nanoGPT |  | 39,419,904 | 85,056,000 | 0 |" in lines[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -667,18 +735,23 @@ def test_generate_options():
         (dict(n_layer=0), "n_layer=0 must be at least 1"),
         (dict(n_loop=0), "n_loop=0 must be at least 1"),
         (dict(dropout=1.0), "[0, 1)"),
-        (dict(beta=1.0), "(0, 1)"),
-        (dict(eta=0.0), "eta=0.0 must be positive"),
-        (dict(mu=1.0), "[0, 1)"),
+        (dict(momentum="polyak", beta=1.0), "[0, 1)"),
+        (dict(momentum="polyak", eta=0.0), "eta=0.0 must be positive"),
+        (dict(momentum="nesterov", mu=1.0), "[0, 1)"),
         (dict(precond_rank=-1), "at least 0"),
         (dict(momentum="polyak", learned="tau"), "may name"),
         (dict(momentum="nesterov", learned="mu"), "to start from"),
         (dict(energy="linear", curvature="light"), "curvature=none"),
         (dict(energy="huber", curvature="newton"), "curvature=none"),
         (dict(momentum_on="both"), "another momentum than none"),
-        (dict(learned="beta"), "another momentum"),
-        (dict(momentum="dense", learned="beta"), "another momentum"),
-        (dict(velocity_norm=True), "another momentum"),
+        (dict(learned="beta"), "take learned=''"),
+        (dict(momentum="dense", learned="beta"), "take learned=''"),
+        (dict(velocity_norm=True), "take velocity_norm=False"),
+        (dict(momentum="dense", gamma=2.0), "take gamma=1.0"),
+        (dict(beta=0.9), "belongs to a momentum"),
+        (dict(variant="PolyakFormer", mu=0.5), "leave mu out"),
+        (dict(variant="PolyakFormer", learned="beta mu"), "leave mu out"),
+        (dict(delta=3.0), "belongs to energy=huber"),
         (dict(momentum="dense", velocity_init="embed"), "velocity_init=zero"),
         (dict(momentum="dense", n_loop=2), "n_loop=1"),
         (dict(momentum="polyak", splitting="euler"), "momentum_on=both"),
@@ -703,7 +776,7 @@ def test_senseless_configurations_are_refused(choices, words):
 
 def test_all_problems_come_in_one_message():
     with pytest.raises(ValueError) as error:
-        GPTConfig(n_embd=30, n_head=4, beta=2.0, dropout=-1.0)
+        GPTConfig(n_embd=30, n_head=4, n_layer=0, dropout=-1.0)
     assert len(str(error.value).splitlines()) == 3
 
 

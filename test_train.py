@@ -16,7 +16,7 @@ import checkpoint
 import sample
 import train
 from configurator import UserError, parse
-from experiments import compare, plot
+from experiments import bench, compare, plot
 from model import GPT, VARIANTS, GPTConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -79,15 +79,20 @@ def test_a_run_learns_and_says_so(data, tmp_path, optimizer):
     assert model(x, y)[1].item() == pytest.approx(evaluated[-1]["val_loss"], rel=0.01)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(data, tmp_path, variant):
+REVERSIBLE = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=True, dropout=0)
+RUNS = {variant: dict(variant=variant) for variant in VARIANTS} | dict(reversible=REVERSIBLE, muon=dict(optimizer="muon"))
+
+
+@pytest.mark.parametrize("choices", RUNS.values(), ids=RUNS)
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(data, tmp_path, choices):
     """Weights, optimizer and losses bitwise, with dropout, across the edge of an epoch, stopped twice."""
-    knobs = dict(variant=variant, eval_interval=7, lr_decay_iters=20)
+    knobs = choices | dict(eval_interval=7, lr_decay_iters=20)
     whole, expected = fit(data, tmp_path / "whole", max_iters=20, **knobs)
     for start, max_iters in (("scratch", 7), ("resume", 14), ("resume", 20)):
         parts, metrics = fit(data, tmp_path / "parts", max_iters=max_iters, init_from=start, **knobs)
     assert_same_tensors(parts["model"], whole["model"])
-    assert_same_tensors(parts["optimizers"][0]["state"], whole["optimizers"][0]["state"])
+    for mine, theirs in zip(parts["optimizers"], whole["optimizers"], strict=True):
+        assert_same_tensors(mine["state"], theirs["state"])
     assert losses(metrics) == losses(expected)
 
 
@@ -107,6 +112,18 @@ def test_two_processes_take_the_steps_of_one(data, tmp_path):
     for other in others:
         torch.testing.assert_close(one["model"], other["model"], rtol=1e-4, atol=2e-5)
         assert other["best_loss"] == pytest.approx(one["best_loss"], rel=1e-5)
+
+
+def test_eval_only(data, trained, tmp_path):
+    """Of a resumed run and of another's weights: one line, the loss that they had, and no checkpoint written."""
+    donor = checkpoint.load(trained / "ckpt.pt")
+    shutil.copytree(trained, tmp_path / "run")
+    for out_dir, init_from in ((tmp_path / "run", "resume"), (tmp_path / "new", trained / "ckpt.pt")):
+        knobs = TINY | dict(data_dir=data, dataset="squares", out_dir=out_dir, init_from=init_from, n_embd=32, dropout=0)
+        train.main([f"--{k}={v}" for k, v in knobs.items()] + ["--eval_only=True"])
+        last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["val_loss"] == pytest.approx(donor["best_loss"], rel=1e-3)
+    assert not (tmp_path / "new" / "ckpt.pt").exists()
 
 
 def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys):
@@ -182,9 +199,9 @@ def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, flags
     state, metrics = fit(data, tmp_path, init_from=trained / "ckpt.pt", max_iters=5, n_embd=32, dtype="float32",
                          scalar_learning_rate=0.1, dropout=0, **knobs)  # fmt: skip
     assert metrics[0]["val_loss"] == pytest.approx(donor["best_loss"], rel=0.01)
-    moved = {n: (p - new.state_dict()[n]).abs().max() for n, p in state["model"].items() if n.endswith(".raw")}
+    moved = {n: p.abs().max() for n, p in state["model"].items() if n.endswith(".raw")}  # from tau = 0, from beta = 0
     moved.pop("transformer.h.0.rules.0.beta.raw", None)  # the first velocity is zero
-    assert moved and all(moved.values())
+    assert moved and min(moved.values()) > 0.003
 
 
 def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path):
@@ -196,10 +213,25 @@ def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path)
         with pytest.raises(UserError, match=words):
             fit(data, tmp_path, init_from=trained / "ckpt.pt", **dict(pair.removeprefix("--").split("=") for pair in flags))
     fit(data, tmp_path / "nag", variant="NagMHA", max_iters=1)
+    with pytest.raises(UserError, match="reversible=True divides by beta=0"):
+        fit(data, tmp_path, init_from=trained / "ckpt.pt", **REVERSIBLE)
     with pytest.raises(UserError, match="NagMHA cannot become MHA .*momentum"):
         fit(data, tmp_path, init_from=tmp_path / "nag" / "ckpt.pt")
     again, metrics = fit(data, tmp_path / "again", variant="NagMHA", init_from=tmp_path / "nag" / "ckpt.pt", max_iters=1)
     assert again["model_config"]["beta"] == 0.9  # the same system: its weights, and a new run
+    looped, _ = fit(data, tmp_path / "loop", variant="NagMHA", n_loop=2, init_from=tmp_path / "nag" / "ckpt.pt", max_iters=1)
+    assert looped["model_config"]["n_loop"] == 2
+
+
+def test_a_checkpoint_of_nanogpt_loads(data, trained, tmp_path):
+    """Its layout: model_args, iter_num, names of a compiled module, and the mask that older versions keep as a buffer."""
+    ours = checkpoint.load(trained / "ckpt.pt")
+    args = {k: ours["model_config"][k] for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
+    weights = {f"_orig_mod.{k}": v for k, v in ours["model"].items()}
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    torch.save(dict(model=weights, model_args=args, iter_num=7, best_val_loss=torch.tensor(1.0), config={}), tmp_path / "n.pt")
+    _, metrics = fit(data, tmp_path, init_from=tmp_path / "n.pt", variant="NagMHA", max_iters=1, dtype="float32")
+    assert metrics[0]["val_loss"] == pytest.approx(ours["best_loss"], rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,13 +273,17 @@ def test_bad_command_lines(data, trained, tmp_path):
         (train, [*knobs, "--init_from=resume"], ["no checkpoint", "python train.py"]),
         (train, [*knobs, "config/none.toml"], ["config/none.toml"]),
         (train, [*knobs, "--vocab_size=100"], ["257"]),
+        (train, [*knobs, "--learning_rate=0"], ["learning_rate=0"]),
+        (train, [*knobs, "--init_from=./gpt-2"], ["neither scratch"]),
+        (train, [*knobs, "--logger=wandb"], ["pip install wandb"]),
+        (train, [*knobs, f"--out_dir={trained}", "--init_from=resume", "--n_layer=3"], ["n_layer=2, not 3"]),
         (train, [*knobs, "--block_size=100000"], ["100001", "lower block_size"]),
         (train, [*knobs, f"--out_dir={data / 'text.txt'}"], ["out_dir", "--out_dir"]),
         (sample, [f"--out_dir={tmp_path / 'none'}"], ["no checkpoint", "python train.py"]),
         (sample, [f"--out_dir={trained}", "--top_k=0", "--temperature=-1"], ["top_k=0", "temperature=-1"]),
         (sample, [f"--out_dir={trained}", "--start=FILE:nowhere"], ["nowhere"]),
         (sample, [f"--out_dir={trained}", "--n_loop=0"], ["n_loop=0"]),
-        (plot, [str(tmp_path)], ["metrics.jsonl"]),
+        (plot, [str(tmp_path / "none")], ["none"]),
     ):
         with pytest.raises(UserError) as error:
             module.main(flags)
@@ -289,6 +325,16 @@ def test_configs(path):
     stated = re.search(r"([\d.]+)M parameters", text)
     assert stated, "say the number of parameters"
     assert sum(model.count_parameters().values()) / 1e6 == pytest.approx(float(stated[1]), abs=0.06)
+
+
+@pytest.mark.slow
+def test_bench(tmp_path):
+    small = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--rounds=2"]
+    bench.main(["steps", *small, f"--out={tmp_path / 'bench.jsonl'}"])
+    bench.main(["memory", *small, "--depths", "2", "12", f"--out={tmp_path / 'bench.jsonl'}"])
+    steps, memory = (json.loads(line)["result"] for line in (tmp_path / "bench.jsonl").read_text().splitlines())
+    assert set(steps) == set(VARIANTS) and steps["MHA"]["ratio"] == 1
+    assert set(memory) == {"plain", "reversible"} and (tmp_path / "bench_memory.png").exists()
 
 
 def test_help_names_every_knob():

@@ -7,7 +7,7 @@ Train a GPT whose layers are optimizer steps. Knobs come from TOML files and --k
 
 It reads data/DATASET (see prepare.py) and writes out_dir/ckpt.pt, the latest state, out_dir/best.pt, the state of least
 validation loss, and out_dir/metrics.jsonl, a JSON object a line. Batches and dropout are functions of the seed, the
-step and the process alone, so a run that is stopped and resumed (--init_from=resume) repeats what it would have been.
+step and the process alone, so a run that is stopped and resumed (--init_from=resume) becomes what it would have been.
 """
 
 import contextlib
@@ -74,6 +74,7 @@ class Config(GPTConfig):
             *super().problems(),
             *(f"{k}={getattr(self, k)!r} is none of {', '.join(v)}" for k, v in one_of.items() if getattr(self, k) not in v),
             *(f"{k}={getattr(self, k)} must be at least 1" for k in positive if getattr(self, k) < 1),
+            *([] if self.learning_rate > 0 else [f"learning_rate={self.learning_rate} must be positive"]),
         ]
 
 
@@ -89,7 +90,7 @@ def optimizers(model, cfg, device):
         dict(params=[p for p in rest if p.dim() == 2], weight_decay=cfg.weight_decay, peak=1.0),
         dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0, peak=1.0),
         dict(params=[p for p in model.parameters() if p in scalars], weight_decay=0.0,
-             peak=(cfg.scalar_learning_rate or cfg.learning_rate) / cfg.learning_rate),
+             peak=1.0 if cfg.scalar_learning_rate is None else cfg.scalar_learning_rate / cfg.learning_rate),
     ]  # fmt: skip
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), fused=device != "mps")
     if not hidden:
@@ -113,7 +114,8 @@ def learning_rate(step, cfg):
 
 
 # bf16 matrix products without sparsity, FLOP/s, by a part of the card's name (the makers' data sheets)
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12}  # fmt: skip
 
 
 def train(cfg):
@@ -122,8 +124,9 @@ def train(cfg):
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}, but torch {torch.__version__} sees no CUDA card: take --device=cpu")
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
     if world > 1:
-        device = f"cuda:{local_rank}" if device == "cuda" else device
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if cfg.gradient_accumulation_steps % world:
         raise UserError(
@@ -171,12 +174,18 @@ def train(cfg):
     config = GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | dict(vocab_size=vocab_size))
     start, seconds, best_loss, state, weights = 0, 0.0, math.inf, None, None
     if cfg.init_from == "resume":
-        state = checkpoint.load(latest, device)
+        state = checkpoint.load(latest)
+        there = state["model_config"] | dict(optimizer=state["config"]["optimizer"])
+        here = asdict(config) | dict(optimizer=cfg.optimizer)
+        differs = [f"{k}={there[k]}, not {here[k]}" for k in there if k not in checkpoint.SCALARS and there[k] != here[k]]
+        if differs:
+            raise UserError(f"{latest} has {'; '.join(differs)}: resume with the run's own configuration")
         config, weights = GPTConfig(**state["model_config"]), state["model"]
         start, seconds, best_loss = state["step"], state["seconds"], state["best_loss"]
     elif cfg.init_from.endswith(".pt"):
-        donor = checkpoint.load(cfg.init_from, device)
+        donor = checkpoint.load(cfg.init_from)
         config, weights = checkpoint.surgery(config, donor["model_config"], donor["model"])
+        del donor
     elif cfg.init_from != "scratch":
         config, weights = checkpoint.surgery(config, *checkpoint.gpt2(cfg.init_from))
     if config.vocab_size < meta["vocab_size"]:
@@ -189,8 +198,9 @@ def train(cfg):
     if state:
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
-        del state
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    state = weights = None  # they are as large as the model and its optimizer
     counts, tokens_per_step = model.count_parameters(), cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     flops_per_token = model.flops_per_token()
 
@@ -217,7 +227,10 @@ def train(cfg):
         except OSError as error:
             raise UserError(f"cannot write to out_dir={cfg.out_dir}: {error.strerror}; choose another --out_dir") from None
         if cfg.logger:
-            tracker = importlib.import_module(cfg.logger)
+            try:
+                tracker = importlib.import_module(cfg.logger)
+            except ImportError:
+                raise UserError(f"logger={cfg.logger} is not installed: pip install {cfg.logger}") from None
             tracker.init(project="nanodescent", name=cfg.out_dir, config=asdict(cfg))
     say(
         f"{config.variant}: {sum(counts.values()):,} parameters ("
@@ -231,7 +244,10 @@ def train(cfg):
         try:
             running = torch.compile(model)
             with autocast:
-                running(*batch(0))[1].backward()
+                _, loss = running(*batch(0))
+            loss.backward()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a missing or broken compiler raises, the model runs without it
             say(f"torch.compile failed ({str(error).splitlines()[0]}): going on without it")
             running = model
@@ -254,17 +270,18 @@ def train(cfg):
         for i in range(0, len(windows), cfg.batch_size):
             x, y = to_device(validation.windows(windows[i : i + cfg.batch_size]))
             with autocast:
-                total += model(x, y)[1].double() * len(x)
+                total += float(model(x, y)[1]) * len(x)
             count += len(x)
         model.train()
-        total, count = over_processes(float(total), count)
+        total, count = over_processes(total, count)
         return total / count
 
     # the loop
     model.train()
     began, clock, clock_step = time.time() - seconds, time.time(), start
     for step in range(start, cfg.max_iters + 1):
-        if (step % cfg.eval_interval == 0 or step == cfg.max_iters or cfg.eval_only) and not (step == start > 0):
+        due = step % cfg.eval_interval == 0 or step == cfg.max_iters
+        if cfg.eval_only or (due and not step == start > 0):  # a resumed run has evaluated where it starts
             loss = evaluate()
             bits = loss / math.log(2) * sum(s["tokens"] for s in meta["shards"]["val"]) / meta["bytes"]["val"]
             scalars = {n: m().mean().item() for n, m in model.named_modules() if isinstance(m, Scalar) and m.raw is not None}
@@ -307,8 +324,9 @@ def train(cfg):
         for opt in opts:
             scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        for opt in opts:
-            scaler.step(opt)
+        if not scaler.is_enabled() or norm.isfinite():  # the scaler alone would let one of two optimizers step
+            for opt in opts:
+                scaler.step(opt)
         scaler.update()
         model.zero_grad(set_to_none=True)
 
@@ -322,13 +340,15 @@ def train(cfg):
             if kind == "cuda":
                 record |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9)
                 peak = next((f for card, f in PEAK_FLOPS.items() if card in torch.cuda.get_device_name()), None)
-                record |= dict(mfu=speed * flops_per_token / (peak * world)) if peak else {}
+                record |= dict(mfu=speed * flops_per_token / (peak * world)) if peak and dtype != "float32" else {}
             else:
                 record |= dict(memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
             log(step=step, tokens=(step + 1) * tokens_per_step, **record)
             say(f"step {step:6d}: loss {loss:.4f}, {speed:,.0f} tokens/s")
 
     bar.close()
+    if master and cfg.logger:
+        tracker.finish()
     if world > 1:
         dist.destroy_process_group()
 

@@ -33,12 +33,12 @@ def training_step(args, **choices):
     running = torch.compile(model) if args.compile else model
     idx = torch.randint(args.vocab_size, (args.batch_size, args.block_size), device=device)
 
-    def step():
+    def step(idx=idx):
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = running(idx, idx)[1]
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=args.what == "steps")
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -55,6 +55,7 @@ def steps(args):
     """Median seconds of a step for each variant, and the ratio to the first's."""
     if unknown := set(args.variants) - set(VARIANTS):
         raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    torch._dynamo.config.recompile_limit = 8 * len(args.variants)  # all of them share the code of one forward
     running = {variant: training_step(args, variant=variant) for variant in args.variants}
     for step in running.values():  # compile, warm up
         step(), step()
@@ -71,17 +72,22 @@ def steps(args):
 
 
 def peak(args, choices, connection):
-    """In a process of its own: MB that two training steps need on top of model, optimizer and libraries."""
-    torch.set_num_threads(1)
-    training_step(args, **choices | dict(n_layer=1))()  # libraries and kernels are loaded by now
+    """In a process of its own: MB that a training step takes beyond weights, gradients and optimizer state."""
     step = training_step(args, **choices)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    step(torch.zeros(1, 2, dtype=torch.long, device="cuda" if torch.cuda.is_available() else "cpu"))  # makes all of these
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        connection.send((torch.cuda.max_memory_allocated() - before) / 2**20)
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
 
 
 def memory(args):
-    """Peak MB of a training step by depth, for polyak on both sublayers, plain and reversible; a figure beside --out."""
+    """Peak MB of activations by depth, for polyak on both sublayers, plain and reversible; a figure beside --out."""
     context, result = multiprocessing.get_context("spawn"), {}
     for reversible in (False, True):
         for n_layer in args.depths:
@@ -95,8 +101,8 @@ def memory(args):
     for name, points in result.items():
         ax.plot(points.keys(), points.values(), marker="o", label=name)
         print(name, {n: round(mb) for n, mb in points.items()})
-    ax.set(xlabel="layers", ylabel="peak memory of a step beyond the weights (MB)", ylim=0, xticks=args.depths)
-    ax.set_title(f"width {args.n_embd}, {args.batch_size} x {args.block_size} tokens, gradients included", fontsize=10)
+    ax.set(xlabel="layers", ylabel="peak activation memory of a step (MB)", ylim=0, xticks=args.depths)
+    ax.set_title(f"width {args.n_embd}, {args.batch_size} x {args.block_size} tokens", fontsize=10)
     ax.legend(frameon=False)
     save(fig, os.path.splitext(args.out)[0] + "_memory.png")
     return result

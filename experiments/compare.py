@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -29,9 +30,11 @@ from model import GPT, GPTConfig
 def run(command, folder, threads):
     """One run of train.py in a process of its own, its output in FOLDER.log, unless it has finished before."""
     cfg = parse(train.Config, command)
-    metrics = os.path.join(folder, "metrics.jsonl")
-    if os.path.exists(metrics) and any(r["step"] == cfg.max_iters for r in read_metrics(folder) if "val_loss" in r):
-        return
+    ckpt = os.path.join(folder, "ckpt.pt")
+    if os.path.exists(ckpt):
+        state = checkpoint.load(ckpt)
+        if state["config"] == asdict(cfg) and state["step"] == cfg.max_iters:
+            return
     with open(f"{folder}.log", "w") as log:
         done = subprocess.run([sys.executable, train.__file__, *command], stdout=log, stderr=log,
                               env=os.environ | dict(OMP_NUM_THREADS=str(threads)))  # fmt: skip
@@ -73,8 +76,11 @@ def main(arguments):
     with ThreadPoolExecutor(args.jobs) as pool:
         threads = max(1, torch.get_num_threads() // args.jobs)
         work = [pool.submit(run, command, folder, threads) for folder, command in commands.items()]
-        for done in tqdm(work, unit="run", disable=None):
-            done.result()
+        try:
+            for done in tqdm(work, unit="run", disable=None):
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     metrics = {key: read_metrics(folder) for key, folder in folders.items()}
     final = {key: [r["val_loss"] for r in records if "val_loss" in r][-1] for key, records in metrics.items()}
