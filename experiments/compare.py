@@ -52,6 +52,21 @@ def mean_sd(values):
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
+def draw(runs, title, path):
+    """Validation loss by step, a line a system with the range over its runs; runs: {system: [records of a run, ...]}."""
+    fig, ax = new_figure()
+    for i, (system, seeds) in enumerate(runs.items()):
+        curves = [{r["step"]: r["val_loss"] for r in records if "val_loss" in r and r["step"]} for records in seeds]
+        losses = {step: [curve[step] for curve in curves] for step in curves[0]}
+        style = dict(color=f"C{i % 10}", ls=("-", "--")[i // 10 % 2])
+        ax.plot(losses.keys(), [statistics.mean(v) for v in losses.values()], marker="o", ms=3, label=system, **style)
+        ax.fill_between(losses.keys(), [min(v) for v in losses.values()], [max(v) for v in losses.values()],
+                        alpha=0.15, color=style["color"], lw=0)  # fmt: skip
+    ax.set(xlabel="training step", ylabel="validation loss (nats per token)", title=title)
+    ax.legend(frameon=False, fontsize=7, ncols=2)
+    save(fig, path)
+
+
 def main(arguments):
     shared = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,17 +125,8 @@ def main(arguments):
         file.write(text)
     print(text)
 
-    fig, ax = new_figure()
-    for system in args.systems:
-        curves = [[(r["step"], r["val_loss"]) for r in metrics[system, seed] if "val_loss" in r][1:] for seed in args.seeds]
-        steps = [step for step, _ in curves[0]]
-        losses = [[curve[i][1] for curve in curves] for i in range(len(steps))]
-        (line,) = ax.plot(steps, [statistics.mean(values) for values in losses], marker="o", ms=3, label=system)
-        ax.fill_between(steps, [min(v) for v in losses], [max(v) for v in losses], alpha=0.15, color=line.get_color(), lw=0)
-    ax.set(xlabel="training step", ylabel="validation loss (nats per token)")
-    ax.set_title(f"{cfg.dataset}, mean and range of seeds {seeds}", fontsize=10)
-    ax.legend(frameon=False, fontsize=7, ncols=2)
-    save(fig, f"results/{args.name}.png")
+    draw({system: [metrics[system, seed] for seed in args.seeds] for system in args.systems},
+         f"{cfg.dataset}, mean and range of seeds {seeds}", f"results/{args.name}.png")  # fmt: skip
 
 
 if __name__ == "__main__":
