@@ -521,7 +521,7 @@ class Momentum(nn.Module):
     def forward(self, x, v, *oracles):
         beta = self.beta()
         eta = self.eta() if self.drift else 0.0
-        mu = self.mu() if self.mu else eta * beta
+        mu = self.mu() if self.mu is not None else eta * beta
         y = x + mu * v if self.looks_ahead else x
         v = v if self.implicit else beta * v
         for gamma, oracle in zip(self.gamma, oracles, strict=True):
@@ -622,9 +622,8 @@ class Reversible(torch.autograd.Function):
                 g = oracle(x.to(ctx.input_dtype))
                 v = ((v - rule.gamma[0]() * g) / rule.beta()).detach().requires_grad_()
                 x1, v1 = rule(x, v, lambda x, g=g: g)
-            own = [p for p in grads if p.requires_grad]
-            dx, dv, *d = torch.autograd.grad((x1, v1), (x, v, *own), (dx, dv), allow_unused=True)
-            for p, dp in zip(own, d, strict=True):
+            dx, dv, *d = torch.autograd.grad((x1, v1), (x, v, *grads), (dx, dv), allow_unused=True)
+            for p, dp in zip(grads, d, strict=True):
                 if dp is not None:
                     grads[p] = dp if grads[p] is None else grads[p] + dp
             x, v = x.detach(), v.detach()
@@ -673,7 +672,11 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def embed(self, idx, past=0):
-        """The iterate and the velocity before the first layer, (B, T, C) each."""
+        """The iterate and the velocity before the first layer, (B, T, C) each. Raises ValueError beyond block_size."""
+        if past + idx.size(1) > self.config.block_size:
+            raise ValueError(
+                f"{past + idx.size(1)} tokens are more than block_size={self.config.block_size}: pass the last ones"
+            )
         t = self.transformer
         pos = torch.arange(past, past + idx.size(1), device=idx.device)
         x = t.drop(t.wte(idx) + t.wpe(pos))

@@ -704,6 +704,11 @@ def test_cached_text_is_uncached_text(variant):
     assert torch.equal(cached, idx)
 
 
+def test_a_context_beyond_block_size_is_refused():
+    with pytest.raises(ValueError, match="13 tokens are more than block_size=12"):
+        tiny()(torch.zeros(1, 13, dtype=torch.long))
+
+
 def test_generate_options():
     model = tiny()
     idx = tokens(model, T=2)
