@@ -196,7 +196,7 @@ def softmax_attention(q, k, v, dropout=0.0, scale=None):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1, scale=scale)
 
 
-def newton_attention(q, k, v, tau, dropout=0.0):
+def newton_attention(q, k, v, tau, dropout=0.0, chunk=256):
     """
     MHA2nd1st [Ren; form derived]: a Newton step on the free energy of E_j = |q - k_j|^2 / 2, with its inverse Hessian
     (I - C/T)^-1, C = Cov_p(k), replaced by the Taylor polynomial I + C/T. This reweights attention:
@@ -204,14 +204,18 @@ def newton_attention(q, k, v, tau, dropout=0.0):
         u = k̄ - q        s_j = (k_j - k̄).u / T        w_j = p_j (1 + tau s_j)        o = sum_j w_j v_j
 
     tau: (nh, 1, 1). tau = 0 is softmax attention; tau = 1, v = k and keys of one norm make it the exact Taylor step.
+    A chunk of queries at a time, which needs only the keys up to its last.
     """
-    T = math.sqrt(q.size(3))
-    p = (q @ k.mT / T).masked_fill(~causal(q, k), -math.inf).softmax(-1)  # (B, nh, T, T)
-    kbar = p @ k
-    u = kbar - q
-    s = (u @ k.mT - (u * kbar).sum(-1, keepdim=True)) / T
-    w = p * (1 + tau * s)
-    return F.dropout(w, dropout) @ v
+    T, past, outputs = math.sqrt(q.size(3)), k.size(2) - q.size(2), []
+    for i in range(0, q.size(2), chunk):
+        q_ = q[:, :, i : i + chunk]
+        k_, v_ = (t[:, :, : past + i + chunk] for t in (k, v))
+        p = (q_ / T @ k_.mT).masked_fill(~causal(q_, k_), -math.inf).softmax(-1)  # (B, nh, chunk, keys)
+        kbar = p @ k_
+        u = (kbar - q_) * tau / T  # tau and 1 / T here, where there are fewest numbers to multiply
+        w = p * (u @ k_.mT + (1 - (u * kbar).sum(-1, keepdim=True)))
+        outputs.append(F.dropout(w, dropout) @ v_)
+    return torch.cat(outputs, 2)
 
 
 def light_attention(q, k, v, tau, dropout=0.0):

@@ -94,7 +94,8 @@ def test_newton_correction_is_the_derivative_of_attention_along_u():
     q, k, v = heads()
     u = softmax_attention(q, k, k) - q
     o, tangent = jvp(lambda q: by_query(lambda q, k, v: (k @ q / math.sqrt(len(q))).softmax(0) @ v, q, k, v), (q,), (u,))
-    torch.testing.assert_close(newton_attention(q, k, v, tau=0.7), o + 0.7 * tangent)
+    for chunk in (1, 4, 9, 256):
+        torch.testing.assert_close(newton_attention(q, k, v, tau=0.7, chunk=chunk), o + 0.7 * tangent)
 
 
 def test_light_agrees_with_newton_to_first_order_in_tau_and_not_to_second():
