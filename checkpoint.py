@@ -3,9 +3,16 @@ Checkpoints: a run's tensors and plain values, saved whole or not at all and loa
 and surgery, which turns a trained MHA into another system without changing its function.
 """
 
+import contextlib
 import os
+import platform
+import shutil
+import subprocess
+import textwrap
+import zipfile
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 
 from configurator import UserError
@@ -13,43 +20,112 @@ from data import replacing
 from model import GPT, GPTConfig
 
 
-def save(path, state):
-    """Write state, a dict of tensors and plain values, so that path always holds a complete checkpoint."""
+def save(folder, state, best):
+    """
+    Write state, a dict of tensors and plain values, to folder/ckpt.pt, where at every moment a complete checkpoint lies. The
+    one before stays as ckpt_prev.pt. If state is the best so far, best.pt is the same file. Raises UserError if it cannot.
+    """
+    latest, previous, best_one = (os.path.join(folder, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt"))
     try:
-        with replacing(path) as file:
+        if os.path.exists(latest):
+            duplicate(latest, previous)
+        with replacing(best_one if best else latest) as file:
             torch.save(state, file)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --out_dir") from None
+        if best:
+            duplicate(best_one, latest)
+    except (OSError, RuntimeError) as error:  # torch hides what the disk said
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise UserError(
+            f"cannot write {latest}: {reason}; the checkpoints there are whole. Free some space or choose another --out_dir"
+        ) from None
+
+
+def duplicate(path, to):
+    """Let `to` take the place of what it was as a second name of the file at path; a copy where there are no hard links."""
+    temporary = f"{to}.link"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        os.link(path, temporary)
+        os.replace(temporary, to)
+    except OSError:
+        with open(path, "rb") as source, replacing(to) as file:
+            shutil.copyfileobj(source, file)
+
+
+def made_with(device):
+    """What a run depends on, a dict of texts: python, torch, numpy, hardware, and the project's commit, empty outside git."""
+    hardware = platform.processor() or platform.machine()
+    if torch.device(device).type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    elif os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            hardware = next((line.split(": ")[1].strip() for line in file if line.startswith("model name")), hardware)
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    software = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+    return software | dict(hardware=hardware, commit=commit)
 
 
 def load(path, device="cpu"):
     """
     What save() wrote to path, or the model that nanoGPT saved there. Raises UserError if there is nothing, or nothing that
-    is safe, to load.
+    is whole and safe, to load.
     """
+    path, previous = str(path), str(path).replace("ckpt.pt", "ckpt_prev.pt")
+    offer = f"; the one before is kept: cp {previous} {path}" if previous != path and os.path.exists(previous) else ""
     if not os.path.exists(path):
-        raise UserError(f"no checkpoint at {path}: train one with python train.py --out_dir={os.path.dirname(path)}")
+        train = f"train one with python train.py --out_dir={os.path.dirname(path)}"
+        raise UserError(f"no checkpoint at {path}{offer or f': {train}'}")
     try:
+        with zipfile.ZipFile(path) as file:  # torch doesn't check what it reads, and a changed bit is a changed weight
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location=device, weights_only=True)
+        if "model_args" in state:  # nanoGPT's
+            weights = {k.removeprefix("_orig_mod."): v for k, v in state["model"].items() if not k.endswith(".attn.bias")}
+            config = asdict(GPTConfig(**state["model_args"]))
+            state = dict(model=weights, model_config=config, tokenizer="gpt2", step=state["iter_num"])
+        state["model"].keys(), state["model_config"].keys(), state["tokenizer"].encode()
     except Exception as error:  # bytes that are no checkpoint can make the unpickler raise anything
-        raise UserError(f"{path} is not a whole checkpoint of train.py ({type(error).__name__})") from None
-    if "model_args" in state:  # nanoGPT's
-        weights = {k.removeprefix("_orig_mod."): v for k, v in state["model"].items() if not k.endswith(".attn.bias")}
-        state = dict(
-            model=weights, model_config=asdict(GPTConfig(**state["model_args"])), tokenizer="gpt2", step=state["iter_num"]
-        )
+        raise UserError(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}){offer}") from None
     return state
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """What torch and dataclasses raise in this block about a checkpoint, as a UserError that names its path."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit: {textwrap.shorten(f'{type(error).__name__}: {error}', 300)}") from None
+
+
+def restore(optimizer, saved):
+    """
+    The state that an optimizer saved; its rates and decays stay as they are now. Raises ValueError if it is not of this
+    optimizer's parameters: torch would take it, and read beyond its end.
+    """
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))
+    kept = optimizer.state.items()
+    shapes = all(t.shape == (() if name == "step" else p.shape) for p, state in kept for name, t in state.items())
+    n = sum(len(group["params"]) for group in optimizer.param_groups)
+    if len(kept) not in (0, n) or len({frozenset(state) for _, state in kept}) > 1 or not shapes:
+        raise ValueError("the optimizer's state is not of the model's parameters")
 
 
 def load_model(path, device="cpu", **choices):
     """The checkpoint's model, ready to be evaluated, with these choices of its configuration changed, and the checkpoint."""
     state = load(path, device)
-    try:
+    with fitting(path):
         # reversible matters to training only
         model = GPT(GPTConfig(**state["model_config"] | dict(reversible=False) | choices)).to(device).eval()
         model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit: {str(error).splitlines()[0]}") from None
     return model, state
 
 

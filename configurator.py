@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import reprlib
 import sys
 import tomllib
 import types
@@ -26,6 +27,8 @@ def cli(main):
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def parse(cls, arguments):
@@ -38,28 +41,31 @@ def parse(cls, arguments):
     def assign(key, value, where):
         if key not in types_:
             near = difflib.get_close_matches(key, types_, n=1)
-            problems.append(f"{where}: no knob is named {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(f"{where}: no knob is named {key[:60]!r}" + (f"; did you mean {near[0]}?" if near else ""))
             return
         try:
             values[key] = convert(value, types_[key])
-        except ValueError:
-            problems.append(f"{where}: {key}={value!r} is not {describe(types_[key])}")
+        except (ValueError, OverflowError):
+            problems.append(f"{where}: {key}={reprlib.repr(value)} is not {describe(types_[key])}")
 
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")
+        if not equals and types_.get(key) is bool:  # a bare --compile
+            equals, value = "=", "True"
         if argument.startswith("--") and equals:
             assign(key, value, "command line")
         elif argument.endswith(".toml"):
             for key, value in read_toml(argument).items():
                 assign(key, value, argument)
         else:
-            problems.append(f"command line: {argument!r} is neither a FILE.toml nor --key=value")
+            problems.append(f"command line: {reprlib.repr(argument)} is neither a FILE.toml nor --key=value")
     try:
         config = cls(**values)
     except ValueError as error:
-        problems.append(str(error))
+        problems += str(error).splitlines()
     if problems:
-        raise UserError("\n".join(problems))
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise UserError("\n".join([problem[:600] for problem in problems[:20]] + more))
     return config
 
 
@@ -69,7 +75,7 @@ def read_toml(path):
             return tomllib.load(file)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or nested beyond reason
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 

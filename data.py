@@ -11,11 +11,15 @@ import functools
 import hashlib
 import json
 import os
+import random
 
 import numpy as np
 import tiktoken
 
 from configurator import UserError
+
+SHARD = dict(file=str, tokens=int, sha256=str)  # what meta.json says of a shard
+SAMPLE = 1 << 28  # bytes of shards that are read through before a run
 
 
 @functools.cache
@@ -42,11 +46,16 @@ def get_tokenizer(name):
 def replacing(path):
     """A binary file that takes the place of path when the block ends well: complete or not at all, and on the disk."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # what it holds may be what filled the disk
+        raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -83,13 +92,56 @@ def sha256(path):
 
 
 def read_meta(folder):
-    """The folder's meta.json as a dict. Raises UserError if there is none."""
+    """The folder's meta.json as a dict. Raises UserError if there is none, or none that prepare.py wrote."""
+    path, name = os.path.join(folder, "meta.json"), os.path.basename(folder)
     try:
-        with open(os.path.join(folder, "meta.json")) as file:
-            return json.load(file)
+        with open(path) as file:
+            meta = json.load(file)
+        kinds = [(meta[key], str) for key in ("tokenizer", "dtype")] + [(meta["vocab_size"], int)]
+        for split in ("train", "val"):
+            kinds += [(meta["bytes"][split], int)]
+            kinds += [(shard[key], kind) for shard in meta["shards"][split] for key, kind in SHARD.items()]
+        sound = all(type(value) is kind and (kind is str or value > 0) for value, kind in kinds)
     except OSError:
-        name = os.path.basename(folder)
         raise UserError(f"no finished data set in {folder}: run python prepare.py {name}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is not what prepare.py writes: run python prepare.py {name} again")
+    return meta
+
+
+def verify(folder, whole=False):
+    """
+    The folder's meta.json, after a look at what it describes: every shard is there with the dtype and length stated, no token
+    lies beyond the vocabulary and the sha256 agree. The latter two of shards drawn at random, SAMPLE bytes of
+    them (small data sets entirely), unless whole. Raises UserError naming the file.
+    """
+    meta, looked_at = read_meta(folder), 0
+    shards = [shard for split in ("train", "val") for shard in meta["shards"][split]]
+    for shard in random.Random().sample(shards, len(shards)):
+        path = os.path.join(folder, shard["file"])
+        try:
+            tokens = np.lib.format.open_memmap(path, mode="r")
+            found = f"{tokens.dtype} of shape {tokens.shape}"
+        except Exception as error:  # bytes that are no array can make numpy raise anything
+            found = f"no array of tokens ({type(error).__name__})"
+        stated = f"{meta['dtype']} of shape {(shard['tokens'],)}"
+        if found == stated and (whole or looked_at < SAMPLE):
+            looked_at += tokens.nbytes
+            if sha256(path) != shard["sha256"]:
+                found, stated = "other bytes than prepare.py wrote", f"sha256 {shard['sha256'][:12]}"
+            elif tokens.max() >= meta["vocab_size"]:
+                found, stated = f"a token {tokens.max()}", f"vocab_size {meta['vocab_size']}"
+        if found != stated:
+            raise UserError(f"{path} holds {found}, meta.json states {stated}: prepare {os.path.basename(folder)} again")
+    return meta
+
+
+def fingerprint(meta):
+    """A short text that differs between data sets whose tokens differ."""
+    hashes = [[shard["sha256"] for shard in meta["shards"][split]] for split in ("train", "val")]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
 class Split:

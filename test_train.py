@@ -25,15 +25,6 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, batch_size=4, gradien
             eval_iters=2, log_interval=1, compile=False, dropout=0.1, learning_rate=1e-2)  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A data set of 3,000 bytes: an epoch is 84 windows, 10.5 steps."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(1, 140)))
-    run("prepare.py", "squares", "--input", folder / "text.txt", "--out", folder)
-    return folder
-
-
 def run(*command, code=0, launcher=(sys.executable,), **env):
     """A command of the project as a second process: its standard output or, if it is to fail, its standard error."""
     done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | env,
@@ -237,13 +228,6 @@ def test_a_checkpoint_of_nanogpt_loads(data, trained, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
-
-
-@pytest.fixture(scope="session")
-def trained(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained")
-    fit(data, out, max_iters=60, eval_interval=60, n_embd=32, dropout=0)
-    return out
 
 
 def test_sample(trained, tmp_path, capsys):

@@ -8,6 +8,7 @@ Train a GPT whose layers are optimizer steps. Knobs come from TOML files and --k
 It reads data/DATASET (see prepare.py) and writes out_dir/ckpt.pt, the latest state, out_dir/best.pt, the state of least
 validation loss, and out_dir/metrics.jsonl, a JSON object a line. Batches and dropout are functions of the seed, the
 step and the process alone, so a run that is stopped and resumed (--init_from=resume) becomes what it would have been.
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop it after the step in progress, with a checkpoint.
 """
 
 import contextlib
@@ -16,8 +17,11 @@ import json
 import math
 import os
 import resource
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,7 +30,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, cli, parse
-from data import Split, read_meta
+from data import Split, fingerprint, replacing, verify
 from model import GPT, GPTConfig, Scalar
 
 
@@ -45,6 +49,8 @@ class Config(GPTConfig):
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # steps from one line of the log to the next
     logger: str = ""  # wandb or trackio, to log there as well
+    on_spike: str = "report"  # when the loss is over twice its running mean 3 steps in a row: report, stop
+    verify: bool = False  # check the sha256 of all shards before the first step, not of a sample
     # the batch
     batch_size: int = 12  # sequences in a micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes
@@ -64,17 +70,27 @@ class Config(GPTConfig):
     device: str = "auto"  # cuda, cuda:1, cpu, mps; auto: cuda if there is one
     dtype: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where the hardware has it
     compile: bool = True  # torch.compile the model
+    deterministic: bool = False  # only algorithms that give the same bits every time
+    timeout: int = 600  # seconds that a process waits for the others before it gives up
 
     def problems(self):
-        one_of = dict(
-            optimizer=("adamw", "muon"), logger=("", "wandb", "trackio"), dtype=("auto", "float32", "bfloat16", "float16")
+        one_of = dict(optimizer=("adamw", "muon"), logger=("", "wandb", "trackio"), on_spike=("report", "stop"),
+                      dtype=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
+        at_least = dict.fromkeys(
+            ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps", "timeout"), 1
         )
-        positive = ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps")
+        at_least |= dict.fromkeys(("max_iters", "warmup_iters", "weight_decay", "grad_clip", "min_lr"), 0)
         return [
             *super().problems(),
             *(f"{k}={getattr(self, k)!r} is none of {', '.join(v)}" for k, v in one_of.items() if getattr(self, k) not in v),
-            *(f"{k}={getattr(self, k)} must be at least 1" for k in positive if getattr(self, k) < 1),
-            *([] if self.learning_rate > 0 else [f"learning_rate={self.learning_rate} must be positive"]),
+            *(
+                f"{k}={getattr(self, k)} must be at least {n}"
+                for k, n in at_least.items()
+                if not n <= getattr(self, k) < math.inf
+            ),
+            *(f"{k}={getattr(self, k)} must lie in [0, 1)" for k in ("beta1", "beta2") if not 0 <= getattr(self, k) < 1),
+            *([] if 0 < self.learning_rate < math.inf else [f"learning_rate={self.learning_rate} must be positive"]),
+            *([] if 0 <= self.seed < 1 << 32 else [f"seed={self.seed} must lie between 0 and {(1 << 32) - 1}"]),
         ]
 
 
@@ -118,22 +134,31 @@ PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 9
               "RTX 4090": 165e12, "RTX 3090": 71e12}  # fmt: skip
 
 
-def train(cfg):
+def train(cfg, signals=()):
+    """One run, from its configuration to its last checkpoint. Once there is something in signals, it stops after the step."""
     # processes: one, or several under torchrun
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}, but torch {torch.__version__} sees no CUDA card: take --device=cpu")
-    if device == "cuda":
-        device = f"cuda:{local_rank}"
-    if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    master = rank == 0
     if cfg.gradient_accumulation_steps % world:
         raise UserError(
             f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the {world} processes"
         )
     micro_steps = cfg.gradient_accumulation_steps // world
-    master = rank == 0
+
+    def say(text):
+        if master:
+            tqdm.write(text)  # beside the progress bar
+            sys.stdout.flush()
+
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        say(f"device={device}, but torch {torch.__version__} sees no CUDA card: going on with the CPU")
+        device = "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+    if world > 1:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
 
     # precision: short matrix products where the hardware has them, float32 for the weights and the residual stream
     kind = torch.device(device).type
@@ -147,12 +172,18 @@ def train(cfg):
     else:
         short = "float32"
     dtype = cfg.dtype if cfg.dtype != "auto" else short
+    if dtype == "bfloat16" != short:
+        say(f"dtype=bfloat16, but this {kind} has no instructions for it: going on with {short}")
+        dtype = short
+    if cfg.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(cfg.deterministic)
     autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32")
     scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
 
     # data
     folder = os.path.join(cfg.data_dir, cfg.dataset)
-    meta = read_meta(folder)
+    meta = verify(folder, cfg.verify)
     training = Split(folder, "train", cfg.block_size, cfg.seed)
     validation = Split(folder, "val", cfg.block_size)
     windows = validation.fixed(cfg.eval_iters * cfg.batch_size)[rank::world]
@@ -172,16 +203,26 @@ def train(cfg):
     vocab_size = cfg.vocab_size or meta["vocab_size"]
     latest, best = (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "best.pt"))
     config = GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | dict(vocab_size=vocab_size))
-    start, seconds, best_loss, state, weights = 0, 0.0, math.inf, None, None
+    start, seconds, best_loss, running_mean, high = 0, 0.0, math.inf, 0.0, 0
+    made_with, state, weights = checkpoint.made_with(device), None, None
     if cfg.init_from == "resume":
         state = checkpoint.load(latest)
-        there = state["model_config"] | dict(optimizer=state["config"]["optimizer"])
-        here = asdict(config) | dict(optimizer=cfg.optimizer)
-        differs = [f"{k}={there[k]}, not {here[k]}" for k in there if k not in checkpoint.SCALARS and there[k] != here[k]]
+        with checkpoint.fitting(latest):
+            then, product = state["config"], "batch_size * gradient_accumulation_steps"
+            here = asdict(cfg) | {"data": fingerprint(meta), product: cfg.batch_size * cfg.gradient_accumulation_steps}
+            there = {"data": state["data"], product: then["batch_size"] * then["gradient_accumulation_steps"]}
+            there |= {k: then[k] for k in ("optimizer", "seed")} | state["model_config"]
+            # surgery may have made another model than the configuration says: either is right
+            differs = [f"{k}={v}, not {here[k]}" for k, v in there.items() if here[k] not in (v, then.get(k, v))]
+            config, weights = GPTConfig(**state["model_config"]), state["model"]
+            start, high = (int(state[k]) for k in ("step", "high"))
+            seconds, best_loss, running_mean = (float(state[k]) for k in ("seconds", "best_loss", "running_mean"))
+            changed = [f"{k} {v}, now {made_with[k]}" for k, v in state["made_with"].items() if v != made_with[k]]
         if differs:
-            raise UserError(f"{latest} has {'; '.join(differs)}: resume with the run's own configuration")
-        config, weights = GPTConfig(**state["model_config"]), state["model"]
-        start, seconds, best_loss = state["step"], state["seconds"], state["best_loss"]
+            raise UserError(f"{latest} has {'; '.join(differs)}: resume with the run's own configuration and data")
+        if not 0 <= start <= cfg.max_iters:
+            raise UserError(f"{latest} is of step {start}, max_iters={cfg.max_iters} ends before: raise max_iters")
+        say(f"resuming at step {start}" + (f"; begun with {'; '.join(changed)}" if changed else ""))
     elif cfg.init_from.endswith(".pt"):
         donor = checkpoint.load(cfg.init_from)
         config, weights = checkpoint.surgery(config, donor["model_config"], donor["model"])
@@ -192,25 +233,21 @@ def train(cfg):
         raise UserError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of {folder}'s tokenizer")
     torch.manual_seed(cfg.seed)
     model = GPT(config).to(device)
-    if weights:  # all of them, but for scalars that a donor doesn't have
-        model.load_state_dict({n: p for n, p in model.state_dict().items() if n.endswith(".raw")} | weights)
     opts = optimizers(model, cfg, kind)
-    if state:
-        for opt, saved in zip(opts, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+    with checkpoint.fitting(latest if state else cfg.init_from):
+        if weights:  # all of them, but for scalars that a donor doesn't have
+            model.load_state_dict({n: p for n, p in model.state_dict().items() if n.endswith(".raw")} | weights)
+        if state:
+            for opt, saved in zip(opts, state["optimizers"], strict=True):
+                checkpoint.restore(opt, saved)
+            if state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
     state = weights = None  # they are as large as the model and its optimizer
     counts, tokens_per_step = model.count_parameters(), cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     flops_per_token = model.flops_per_token()
 
     # output
-    tty = os.isatty(1)
-    bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=not (master and tty), dynamic_ncols=True)
-
-    def say(text):
-        if master:
-            bar.write(text) if tty else print(text, flush=True)
+    bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=not (master and os.isatty(1)), dynamic_ncols=True)
 
     def log(**record):
         if master:
@@ -257,7 +294,8 @@ def train(cfg):
 
     def over_processes(*sums):
         """The sums of these numbers over all processes."""
-        total = torch.tensor(sums, dtype=torch.float64).to(device, torch.float32 if kind == "mps" else torch.float64)
+        precise = torch.float32 if kind == "mps" else torch.float64
+        total = torch.stack([torch.as_tensor(number, dtype=precise, device=device) for number in sums])
         if world > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -277,37 +315,55 @@ def train(cfg):
         return total / count
 
     # the loop
+    def stop(step, what):
+        bar.close()
+        raise UserError(
+            f"step {step}: {what}: stopped before the update. {latest} is as it was after {saved} steps: "
+            "go on with --init_from=resume, a lower learning_rate and a longer warmup_iters"
+        )
+
     model.train()
     began, clock, clock_step = time.time() - seconds, time.time(), start
+    saved, stopping = start, False
     for step in range(start, cfg.max_iters + 1):
         due = step % cfg.eval_interval == 0 or step == cfg.max_iters
-        if cfg.eval_only or (due and not step == start > 0):  # a resumed run has evaluated where it starts
+        evaluating = cfg.eval_only or (due and not step == start > 0)  # a resumed run has evaluated where it starts
+        best = False
+        if evaluating:
             loss = evaluate()
+            if not (math.isfinite(loss) or cfg.eval_only):
+                stop(step, f"the validation loss is {loss}")
             bits = loss / math.log(2) * sum(s["tokens"] for s in meta["shards"]["val"]) / meta["bytes"]["val"]
             scalars = {n: m().mean().item() for n, m in model.named_modules() if isinstance(m, Scalar) and m.raw is not None}
             log(step=step, tokens=step * tokens_per_step, val_loss=loss, val_bits_per_byte=bits, scalars=scalars)
             say(f"step {step:6d}: validation loss {loss:.4f}, {bits:.4f} bits per byte")
-            if master and not cfg.eval_only:
-                state = dict(
-                    model=model.state_dict(),
-                    optimizers=[opt.state_dict() for opt in opts],
-                    scaler=scaler.state_dict(),
-                    step=step,
-                    seconds=time.time() - began,
-                    best_loss=min(loss, best_loss),
-                    model_config=asdict(config),
-                    config=asdict(cfg),
-                    tokenizer=meta["tokenizer"],
-                )
-                checkpoint.save(latest, state)
-                if loss < best_loss:
-                    checkpoint.save(best, state)
-            best_loss = min(loss, best_loss)
-            clock, clock_step = time.time(), step
-        if step == cfg.max_iters or cfg.eval_only:
+            best, best_loss = loss < best_loss, min(loss, best_loss)
+        if master and (evaluating or stopping) and not cfg.eval_only:
+            os.fsync(metrics)  # so that they reach as far as the checkpoint
+            state = dict(
+                model=model.state_dict(),  # of the module that is neither compiled nor wrapped
+                optimizers=[opt.state_dict() for opt in opts],
+                scaler=scaler.state_dict(),
+                step=step,
+                seconds=time.time() - began,
+                best_loss=best_loss,
+                running_mean=running_mean,
+                high=high,
+                model_config=asdict(config),
+                config=asdict(cfg),
+                tokenizer=meta["tokenizer"],
+                data=fingerprint(meta),
+                made_with=made_with,
+            )
+            checkpoint.save(cfg.out_dir, state, best)
+        if evaluating:
+            saved, clock, clock_step = step, time.time(), step
+        if stopping:
+            say(f"stopped by a signal after {step} steps: go on with --init_from=resume")
+        if step == cfg.max_iters or stopping or cfg.eval_only:
             break
 
-        # dropout is a function of seed, step and process, as the batches are
+        # all randomness of a step is a function of seed, step and process: there is no random state to save
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
         rate = learning_rate(step, cfg)
         for opt in opts:
@@ -324,7 +380,21 @@ def train(cfg):
         for opt in opts:
             scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        if not scaler.is_enabled() or norm.isfinite():  # the scaler alone would let one of two optimizers step
+
+        # the one exchange of a step, so that all processes agree before the update: is all finite, and is it time to stop?
+        loss, norm, stopping = over_processes(mean_loss / world, norm / world, len(signals))
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):
+            stop(step, f"the loss is {loss:.4g} and the norm of the gradient {norm:.4g} at rate {rate:.3g}")
+        high = high + 1 if 0 < 2 * running_mean < loss else 0
+        if not high:
+            running_mean = running_mean + (loss - running_mean) / 100 if running_mean else loss
+        if high == 3:
+            spike = f"the loss, {loss:.4f}, is over twice its running mean, {running_mean:.4f}, for 3 steps"
+            if cfg.on_spike == "stop":
+                stop(step, spike)
+            say(f"step {step:6d}: {spike}")
+
+        if math.isfinite(norm):  # float16 overflows now and then; the scaler alone would let one of two optimizers step
             for opt in opts:
                 scaler.step(opt)
         scaler.update()
@@ -332,11 +402,10 @@ def train(cfg):
 
         bar.update()
         if step % cfg.log_interval == 0:
-            loss = over_processes(float(mean_loss))[0] / world
             now = time.time()
             speed = (step + 1 - clock_step) * tokens_per_step / (now - clock)
             clock, clock_step = now, step + 1
-            record = dict(train_loss=loss, lr=rate, grad_norm=norm.item(), tokens_per_second=speed)
+            record = dict(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=speed)
             if kind == "cuda":
                 record |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9)
                 peak = next((f for card, f in PEAK_FLOPS.items() if card in torch.cuda.get_device_name()), None)
@@ -354,18 +423,64 @@ def train(cfg):
 
 
 def open_metrics(path, step):
-    """metrics.jsonl, open to append to, without the lines of steps that a run resumed at `step` takes again."""
+    """metrics.jsonl, open to append to, without what a run resumed at `step` writes again: later steps, half a line."""
     kept = []
     if step and os.path.exists(path):
-        with open(path) as file:
-            kept = [line for line in file if json.loads(line)["step"] < step + ("val_loss" in line)]
-    file = open(path, "w")
-    file.writelines(kept)
-    return file
+        with open(path, "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    if json.loads(line)["step"] < step + (b"val_loss" in line):
+                        kept.append(line)
+    with replacing(path) as file:
+        file.writelines(kept)
+    return open(path, "a")
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """
+    While this lasts, SIGTERM, SIGINT and SIGUSR1 only add to the list that it yields, and a second one ends the process at
+    once. What comes within a second is one signal: torchrun repeats those that a terminal has sent to all processes.
+    """
+    caught = []
+
+    def catch(number, frame):
+        if caught and time.monotonic() - caught[0] > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not caught:
+            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+        caught.append(time.monotonic())
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments):
-    train(parse(Config, arguments))
+    cfg = parse(Config, arguments)
+    try:
+        with stop_signals() as signals:
+            train(cfg, signals)
+    except (RuntimeError, MemoryError, OSError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+            reason = (
+                f"out of memory: lower batch_size={cfg.batch_size} and raise gradient_accumulation_steps="
+                f"{cfg.gradient_accumulation_steps} by the same factor, which trains the same"
+            )
+        elif isinstance(error, OSError):
+            reason = f"{text}: free some space or choose another --out_dir, and go on with --init_from=resume"
+        elif "gloo" in text or "NCCL" in text:
+            reason = (
+                f"another process ended or did not answer within timeout={cfg.timeout} seconds: go on with --init_from=resume"
+            )
+        else:
+            raise
+        raise UserError(reason) from None
 
 
 if __name__ == "__main__":

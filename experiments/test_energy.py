@@ -19,15 +19,17 @@ def run(tmp_path):
     """A function that makes a run's folder with a checkpoint of the variant, and returns it with its model."""
     writer = Writer(tmp_path, "val", np.uint16, 1000)
     writer.add(np.random.default_rng(0).integers(257, size=1000))
-    (tmp_path / "meta.json").write_text(json.dumps(dict(vocab_size=257, shards=dict(val=writer.shards))))
+    writer.flush()
+    meta = dict(tokenizer="bytes", dtype="uint16", vocab_size=257, bytes=dict(train=1, val=1))
+    (tmp_path / "meta.json").write_text(json.dumps(meta | dict(shards=dict(train=[], val=writer.shards))))
 
     def make(variant):
         torch.manual_seed(0)
         config = GPTConfig(variant=variant, n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=257)
         model = GPT(config).eval()
         where = dict(data_dir=str(tmp_path.parent), dataset=tmp_path.name)
-        state = dict(model=model.state_dict(), model_config=asdict(config), config=where, step=7)
-        checkpoint.save(tmp_path / "best.pt", state)
+        state = dict(model=model.state_dict(), model_config=asdict(config), config=where, tokenizer="bytes", step=7)
+        checkpoint.save(tmp_path, state, best=True)
         return tmp_path, model
 
     return make
@@ -63,8 +65,8 @@ def test_what_does_not_fit_is_said(run):
         energy.main([str(folder), "--out", str(folder / "missing" / "energy.png")])
     state = checkpoint.load(folder / "best.pt")
     state["model_config"]["n_embd"] = 32
-    checkpoint.save(folder / "best.pt", state)
+    checkpoint.save(folder, state, best=True)
     with pytest.raises(UserError, match="does not fit"):
         energy.main([str(folder)])
     with pytest.raises(UserError, match="no checkpoint"):
-        energy.main([str(folder), "--ckpt", "ckpt.pt"])
+        energy.main([str(folder), "--ckpt", "none.pt"])
