@@ -17,7 +17,7 @@ import checkpoint
 import sample
 import train
 from configurator import UserError, parse
-from experiments import bench, compare, plot
+from experiments import bench, plot
 from model import GPT, VARIANTS, GPTConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -333,25 +333,6 @@ def test_plot(trained, tmp_path):
     for by in ("step", "tokens", "seconds"):
         run("-m", "experiments.plot", trained, trained, "--by", by, "--out", tmp_path / "loss.png")
         assert (tmp_path / "loss.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_compare(data, tmp_path, monkeypatch, capsys):
-    """Two systems and two seeds become a table and a figure; a second call runs nothing again."""
-    monkeypatch.chdir(tmp_path)
-    flags = [f"--{k}={v}" for k, v in (TINY | dict(data_dir=data, dataset="squares", max_iters=12, eval_interval=6)).items()]
-    (tmp_path / "empty.toml").write_text("")
-    command = ["small", "--config=empty.toml", "--jobs=2", "--systems", "MHA", "NagMHA --beta=0.5", "--", *flags]
-    compare.main(command)
-    table = (tmp_path / "results" / "small.md").read_text()
-    final = [json.loads((tmp_path / f"out/small/{run}/metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
-             for run in ("MHA-1", "MHA-2", "NagMHA_beta=0.5-1", "NagMHA_beta=0.5-2")]  # fmt: skip
-    for pair in (final[:2], final[2:], [final[2] - final[0], final[3] - final[1]]):
-        assert f"{sum(pair) / 2:.4f} ± {abs(pair[0] - pair[1]) / 2**0.5:.4f}" in table
-    written = (tmp_path / "out/small/MHA-1/ckpt.pt").stat().st_mtime
-    compare.main(command)
-    assert (tmp_path / "out/small/MHA-1/ckpt.pt").stat().st_mtime == written
-    assert (tmp_path / "results" / "small.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

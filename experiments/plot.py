@@ -7,6 +7,7 @@ Loss curves of one or several runs as a PNG.
 import argparse
 import json
 import os
+from math import isfinite
 
 import matplotlib
 
@@ -15,7 +16,7 @@ from configurator import UserError, cli
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-plt.style.use("tableau-colorblind10")
+plt.style.use(os.path.join(os.path.dirname(__file__), "style.mplstyle"))
 X = dict(step="training step", tokens="training tokens", seconds="seconds of training")
 
 
@@ -31,11 +32,30 @@ def read_metrics(path):
         raise UserError(f"{path} is not a metrics.jsonl of train.py") from None
 
 
-def new_figure():
-    """A figure and its axes, of README width."""
-    fig, ax = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
-    ax.grid(alpha=0.3)
-    return fig, ax
+def new_figure(columns=1):
+    """A figure of README width and its axes: one, or an array of so many side by side."""
+    return plt.subplots(1, columns)
+
+
+def line(i):
+    """The look of the i-th of many lines: the style's colours in turn, and another dash when they are used up."""
+    n = len(plt.rcParams["axes.prop_cycle"])
+    return dict(color=f"C{i % n}", ls=("-", "--", ":", "-.")[i // n % 4])
+
+
+def enlarge_end(ax, curves, share=0.3):
+    """Curves {label: [(x, mean, sd), ...]} as lines in bands of mean ± sd, and in an inset the last share of them."""
+    inset, ends, last = ax.inset_axes((0.34, 0.36, 0.64, 0.62)), [], max(points[-1][0] for points in curves.values())
+    for i, (label, points) in enumerate(curves.items()):
+        x, mean, sd = zip(*points, strict=True)
+        low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+        for where in ax, inset:
+            where.plot(x, mean, label=label, **line(i))
+            where.fill_between(x, low, high, color=line(i)["color"], alpha=0.15, lw=0)
+        ends += [y for at, *band in zip(x, low, high, strict=True) if at >= (1 - share) * last for y in band if isfinite(y)]
+    inset.set(xlim=((1 - share) * last, last), ylim=(min(ends), max(ends)))
+    inset.tick_params(labelsize=7)
+    ax.indicate_inset_zoom(inset, edgecolor="black", alpha=0.4)
 
 
 def save(fig, path):
@@ -64,11 +84,11 @@ def main(arguments):
         records = read_metrics(run)
         for key, style in (("train_loss", dict(alpha=0.35, lw=1)), ("val_loss", dict(marker="o", ms=3, label=label(run)))):
             points = [(r[args.by], r[key]) for r in records if key in r]
-            ax.plot(*zip(*points, strict=True), color=f"C{i}", **style)
+            ax.plot(*zip(*points, strict=True), **line(i), **style)
     ax.set_xlabel(X[args.by])
     ax.set_ylabel("loss (nats per token)")
-    ax.set_title("validation loss (dots) and training loss (faint)", fontsize=10)
-    ax.legend(frameon=False)
+    ax.set_title("validation loss (dots) and training loss (faint)")
+    ax.legend()
     save(fig, args.out)
 
 

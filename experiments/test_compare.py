@@ -1,0 +1,259 @@
+"""experiments.compare: its statistics against other sources, which runs it takes for finished, and tiny comparisons."""
+
+import json
+import math
+import os
+import statistics
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train
+from configurator import UserError, parse
+from data import Writer
+from experiments import compare
+from model import GPT, GPTConfig
+
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, batch_size=4, gradient_accumulation_steps=2, warmup_iters=3,
+            eval_iters=2, log_interval=1, max_iters=12, eval_interval=6, compile=False, dropout=0.1,
+            learning_rate=1e-2, min_lr=1e-3, dataset="squares")  # fmt: skip
+
+
+@pytest.fixture
+def flags(tmp_path, monkeypatch):
+    """What follows --, for tiny runs on a data set of 3,000 bytes; the working folder is an empty one."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "squares"
+    folder.mkdir(parents=True)
+    text = "".join(f"{i} times {i} is {i * i}.\n" for i in range(1, 140)).encode()
+    shards = {}
+    for split, part in (("train", text[:-500]), ("val", text[-500:])):
+        writer = Writer(folder, split, np.uint16, 10_000)
+        writer.add(np.frombuffer(part, dtype=np.uint8))
+        writer.flush()
+        shards[split] = writer.shards
+    meta = dict(tokenizer="bytes", vocab_size=257, shards=shards, bytes=dict(train=len(text) - 500, val=500))
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "empty.toml").write_text("")
+    return [f"--{k}={v}" for k, v in TINY.items()]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process, one after the other: no time is lost on starting others. A list of the folders that ran."""
+    ran = []
+
+    def run_all(commands, jobs):
+        for folder, command in commands.items():
+            train.main(command)
+            ran.append(folder)
+
+    monkeypatch.setattr(compare, "run_all", run_all)
+    return ran
+
+
+def result(name):
+    with open(f"results/{name}.json") as file:
+        data = json.load(file)
+    with open(f"results/{name}.md") as file:
+        return data, file.read()
+
+
+def final(folder):
+    with open(f"{folder}/metrics.jsonl") as file:
+        return json.loads(file.readlines()[-1])["val_loss"]
+
+
+def test_p_value():
+    """Student's own example, the sleep data of 1908, whose p R's documentation of t.test gives as 0.002833."""
+    a = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    b = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    assert compare.p_value(a, b) == pytest.approx(0.002833, abs=5e-7)
+    # n = 2: t = mean / half the range is Cauchy's, whose tails are arctangents
+    assert compare.p_value([3.0, 5.0], [2.0, 2.0]) == pytest.approx(1 - 2 / math.pi * math.atan(2 / 1))
+    assert compare.p_value([1.0], [2.0]) is None
+
+
+def test_reach():
+    points = [(0, 5.0, 0.1), (10, 3.0, 0.1), (20, 3.5, 0.1), (30, 1.0, 0.1)]
+    for target, x in ((6, 0), (5, 0), (4, 5), (3, 10), (2, 26), (1, 30)):
+        assert compare.reach(points, target) == pytest.approx(x)
+    assert compare.reach(points, 0.9) is None
+
+
+def test_curve():
+    runs = [
+        dict(per_step=dict(steps=1, tokens=8, seconds=s), validation=[(0, a), (5, b)]) for s, a, b in ((1, 4, 1), (3, 6, 1))
+    ]
+    assert compare.curve(runs, "validation", "steps") == [(0, 5, pytest.approx(2**0.5)), (5, 1, 0)]
+    assert compare.curve(runs, "validation", "tokens")[1][0] == 40
+    assert compare.curve(runs, "validation", "seconds")[1][0] == 10
+    assert compare.curve(runs[1:], "validation", "steps") == [(0, 6, 0), (5, 1, 0)]
+
+
+def test_best_rate_is_that_of_the_least_mean():
+    losses = {"1e-3": (2.0, 2.2), "2e-3": (1.0, 2.9), "4e-3": (2.3, 1.9), "8e-3": (0.1, math.nan)}
+    rates = {rate: [dict(validation=[(0, 5.0), (9, loss)]) for loss in of_seeds] for rate, of_seeds in losses.items()}
+    assert compare.best_rate(rates) == "2e-3"
+    assert compare.best_rate({rate: rates[rate] for rate in ("8e-3", "4e-3", "1e-3")}) in ("1e-3", "4e-3")
+    assert compare.best_rate({rate: rates[rate][:1] for rate in losses}) == "8e-3"
+
+
+def test_spike():
+    records = [dict(train_loss=loss) for loss in (12.0, *[2.0] * 9)] + [dict(val_loss=9.0)]  # the ten have mean 3
+    assert compare.spike([*records, dict(train_loss=6.0), dict(train_loss=1.0)]) == 2
+    assert math.isnan(compare.spike(records))
+
+
+@pytest.mark.parametrize("other", ["YuriiFormer --n_layer=3", "CEM+", "MHA --n_embd=48", "LinearMHA --n_layer=1 --n_embd=6"])
+def test_match_is_the_nearest_of_all_widths(other, flags):
+    """Against models that are built, for every width."""
+    common = ["empty.toml", *flags, "--n_head=3", "--n_embd=24", "--vocab_size=101"]
+
+    def size(command):
+        cfg = parse(train.Config, command)
+        config = GPTConfig(**{k: getattr(cfg, k) for k in asdict(GPTConfig())})
+        return sum(p.numel() for p in GPT(config).parameters())
+
+    command = compare.command_of(f"MHA --match='{other}'", common)
+    wanted = size(compare.command_of(other, common))
+    nearest = min(range(3, 80, 3), key=lambda width: abs(size([*command, f"--n_embd={width}"]) - wanted))
+    assert command[-1] == f"--n_embd={nearest}"
+
+
+def test_which_runs_are_finished(flags, tmp_path):
+    cfg = parse(train.Config, [*flags, "--variant=NagMHA", "--seed=3", "--out_dir=here"])
+
+    def progress(stored, asked=cfg, step=7):
+        checkpoint.save(tmp_path / "ckpt.pt", dict(config=stored, step=step))
+        return compare.progress(tmp_path, asked)
+
+    stored = asdict(cfg)
+    assert compare.progress(tmp_path / "nowhere", cfg) is None
+    assert progress(stored) == 7 and progress(stored, step=12) == 12
+    for other in (dict(seed=4), dict(out_dir="there"), dict(max_iters=24), dict(beta=0.8), dict(init_from="x.pt")):
+        assert progress(stored | other) is None
+    # an older train.py, which had no such knobs: it did what their defaults do
+    old = {k: v for k, v in stored.items() if k not in ("grad_clip", "delta", "beta")}
+    assert progress(old) == 7
+    for new in ("--grad_clip=0.5", "--energy=huber", "--beta=0.8"):
+        asked = parse(train.Config, [*flags, "--variant=NagMHA", "--seed=3", "--out_dir=here", new])
+        assert progress({k: v for k, v in old.items() if k != "energy"}, asked) is None
+    # one that was stopped and resumed
+    assert progress(stored | dict(init_from="resume"), step=12) == 12
+
+
+def test_budget_of_tokens_sweep_and_match(flags, here):
+    """2,048 tokens are 8 steps of 256 or 16 of 128; every rate is shown, and the schedule keeps its shape and its end."""
+    systems = ["MHA", "NagMHA --batch_size=2 --match=YuriiFormer"]
+    compare.main(["t", "--config=empty.toml", "--seeds", "5", "6", "--systems", *systems, "--tokens", "2100",
+                  "--learning_rates", "0.01", "0.04", "--", *flags])  # fmt: skip
+    data, table = result("t")
+    assert set(here) == {
+        f"out/t/{system}{rate}-{seed}"
+        for system in ("MHA", "NagMHA_batch_size=2_match=YuriiFormer")
+        for rate in ("", "_learning_rate=0.04")
+        for seed in (5, 6)
+    }
+    state = checkpoint.load("out/t/NagMHA_batch_size=2_match=YuriiFormer_learning_rate=0.04-6/ckpt.pt")
+    assert state["step"] == 16 and state["config"]["min_lr"] == pytest.approx(0.004) and state["config"]["seed"] == 6
+    assert checkpoint.load("out/t/MHA-5/ckpt.pt")["step"] == 8
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in table.splitlines()) if len(cells) > 3}
+    best = {}
+    for system in systems:
+        folder = "out/t/" + system.replace(" --", "_")
+        means = {rate: statistics.mean(final(f"{folder}{flag}-{seed}") for seed in (5, 6))
+                 for rate, flag in (("0.01", ""), ("0.04", "_learning_rate=0.04"))}  # fmt: skip
+        best[system] = min(means, key=means.get)
+        for rate, mean in means.items():
+            assert rows[rate][2 + systems.index(system)].strip().startswith(f"{mean:.4f} ± ")
+        words = ", width 20" if "match" in system else ""  # 32 more rows of each table than MHA has
+        assert rows[f"{system}{words}, rate {best[system]}"][2].strip().startswith(f"{means[best[system]]:.4f} ± ")
+    assert "Of 2 learning rates" in table
+    assert state["model_config"]["n_embd"] == 20 and len(data["systems"]["MHA"]["0.04"]) == 2
+    assert data["budget"] == ["tokens", 2100] and data["config"]["max_iters"] == 8
+
+
+@pytest.mark.slow
+def test_budget_of_seconds(flags, here):
+    """The number of steps is that of the speed that a short run had, and the curves end where the budget does."""
+    compare.main(["s", "--config=empty.toml", "--seeds", "1", "--systems", "MHA", "MHA --n_layer=8", "--seconds", "0.5",
+                  "--", *flags, "--lr_decay_iters=7"])  # fmt: skip
+    assert here == ["out/s/MHA-timed", "out/s/MHA_n_layer=8-timed", "out/s/MHA-1", "out/s/MHA_n_layer=8-1"]
+    data, table = result("s")
+    steps = []
+    for folder in here[:2]:
+        with open(f"{folder}/metrics.jsonl") as file:
+            speeds = [r["tokens_per_second"] for r in map(json.loads, file) if "tokens_per_second" in r]
+        state = checkpoint.load(folder.replace("timed", "1") + "/ckpt.pt")
+        assert state["step"] == max(1, round(0.5 * sorted(speeds)[2] / 256)) and len(speeds) == 5
+        assert state["config"]["lr_decay_iters"] is None
+        steps.append(state["step"])
+    assert steps[0] > 1.5 * steps[1] and data["budget"] == ["seconds", 0.5]
+    assert "seconds to MHA's loss" in table
+
+
+def test_what_is_refused(flags):
+    def refused(*words):
+        with pytest.raises(UserError) as error:
+            compare.main(["x", "--config=empty.toml", *words, "--", *flags])
+        return str(error.value)
+
+    assert "--tokens -1 must be positive" in refused("--systems", "MHA", "--tokens", "-1")
+    assert "did you mean NagMHA" in refused("--systems", "MHA", "NagMH")
+    assert "did you mean NagMHA" in refused("--systems", "MHA --match=NagMH")
+    assert "learning_rate=-1.0 must be positive" in refused("--systems", "MHA", "--learning_rates", "-1")
+
+
+@pytest.mark.slow
+def test_compare(flags, monkeypatch):
+    """Two systems and two seeds, one of the four runs interrupted before; a second call runs nothing again."""
+    command = ["small", "--config=empty.toml", "--jobs=2", "--systems", "MHA", "NagMHA --beta=0.5", "--", *flags]
+    seed_2 = [*flags, "--variant=MHA", "--seed=2"]
+    train.main([*seed_2, "--out_dir=whole"])
+    save = checkpoint.save
+
+    def save_and_stop(path, state):
+        save(path, state)
+        if state["step"] == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "save", save_and_stop)
+        train.main([*seed_2, "--out_dir=out/small/MHA-2"])
+
+    compare.main(command)
+    data, table = result("small")
+    losses = [final(f"out/small/{run}") for run in ("MHA-1", "MHA-2", "NagMHA_beta=0.5-1", "NagMHA_beta=0.5-2")]
+    for pair, sign in (losses[:2], ""), (losses[2:], ""), ([losses[2] - losses[0], losses[3] - losses[1]], "+"):
+        assert f"| {sum(pair) / 2:{sign}.4f} ± {abs(pair[0] - pair[1]) / 2**0.5:.4f} |" in table
+    assert [run["validation"][-1] for run in data["systems"]["NagMHA --beta=0.5"]["0.01"]] == [[12, x] for x in losses[2:]]
+    # went on where it was stopped, to where it would have come without
+    with open("out/small/MHA-2.log") as file:
+        assert "step      0" not in (log := file.read()) and "step     12: validation" in log
+    whole, resumed = (checkpoint.load(f"{folder}/ckpt.pt")["model"] for folder in ("whole", "out/small/MHA-2"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    # where it was made
+    assert f"torch {torch.__version__}" in table and data["systems"]["MHA"]["0.01"][0]["hardware"]
+    with open("results/small.png", "rb") as file:
+        png = file.read()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+
+    def nothing(*args, **kwargs):
+        raise AssertionError("a finished run was started again")
+
+    monkeypatch.setattr(compare.subprocess, "run", nothing)
+    compare.main(command)
+    assert result("small") == (data, table)
+    os.remove("out/small/MHA-1/made.json")  # as runs of other versions have none
+    compare.main(command)
+    assert "commit not recorded" in result("small")[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_where_to_look(flags):
+    with pytest.raises(UserError, match=r"see out/x/MHA-1.log: python train.py empty.toml"):
+        compare.main(["x", "--config=empty.toml", "--systems", "MHA", "--seeds", "1", "--", *flags, "--dataset=missing"])
