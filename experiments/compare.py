@@ -20,7 +20,6 @@ import datetime
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -103,8 +102,6 @@ def run(command, folder, threads):
                               env=os.environ | dict(OMP_NUM_THREADS=str(threads)))  # fmt: skip
     if done.returncode:
         raise UserError(f"the run failed, see {folder}.log: python train.py {shlex.join(command)}")
-    with open(os.path.join(folder, "made.json"), "w") as file:
-        json.dump(machine(cfg.device), file)
 
 
 def run_all(commands, jobs):
@@ -122,21 +119,6 @@ def run_all(commands, jobs):
             pool.shutdown(cancel_futures=True)
 
 
-def machine(device):
-    """What a run is made on and by: dict(hardware, torch, commit), the commit None outside git."""
-    name = platform.processor()
-    if torch.cuda.is_available() and device != "cpu":
-        name = torch.cuda.get_device_name()
-    elif os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            name = next((text.split(": ")[1].strip() for text in file if text.startswith("model name")), name)
-    root = shlex.quote(os.path.dirname(train.__file__))
-    failed, commit = subprocess.getstatusoutput(
-        f"cd {root} && git rev-parse --short HEAD && (git diff --quiet HEAD -- '*.py' || echo with changes)"
-    )
-    return dict(hardware=name, torch=torch.__version__, commit=None if failed else commit.replace("\n", " "))
-
-
 def speed(records):
     """Tokens a second: the median over a run's logged steps."""
     return statistics.median(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
@@ -151,13 +133,10 @@ def spike(records):
 def read_run(command):
     """What the table and the figure need of a finished run, as plain values."""
     cfg = parse(train.Config, command)
-    records, path, made = read_metrics(cfg.out_dir), *(os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "made.json"))
-    config = GPTConfig(**checkpoint.load(path)["model_config"])
-    where = dict(hardware=None, torch=None, commit=None)
-    if os.path.exists(made):
-        with open(made) as file:
-            where = json.load(file)
-    return where | dict(
+    records, path = read_metrics(cfg.out_dir), os.path.join(cfg.out_dir, "ckpt.pt")
+    state = checkpoint.load(path)
+    config = GPTConfig(**state["model_config"])
+    return state["made_with"] | dict(
         command=shlex.join(["python", "train.py", *command]),
         date=datetime.date.fromtimestamp(os.path.getmtime(path)).isoformat(),
         steps=cfg.max_iters,
@@ -263,7 +242,7 @@ def report(data):
         text += f"Of {len(rates)} learning rates each system has its best above, chosen by the mean of these same losses:\n\n"
         text += markdown(["rate", *systems], losses) + "\n"
     dates = [run["date"] for run in every]
-    made = {", ".join(f"{k} {run[k] or 'not recorded'}" for k in ("hardware", "torch", "commit")) for run in every}
+    made = {", ".join(f"{k} {run[k] or 'unknown'}" for k in ("hardware", "torch", "commit")) for run in every}
     return text + f"Made {min(dates)} to {max(dates)}: {'; '.join(sorted(made))}.\n"
 
 
