@@ -98,7 +98,9 @@ def has_bfloat16(kind):
 def outputs(model, rows):
     """What the head says at the last token of each of rows: (len(rows), outputs), float32."""
     device = model.lm_head.weight.device
-    idx = pad_sequence(rows, batch_first=True).to(device)  # on the right, where no token of a causal model looks
+    idx = pad_sequence(rows, batch_first=True)  # on the right, where no token of a causal model looks
+    T = idx.size(1)  # to one of few lengths, since on a CPU the kernels of every shape stay in memory
+    idx = F.pad(idx, (0, min(-T % 16, model.config.block_size - T))).to(device)
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device.type)):
         return model.lm_head(hidden(model, idx)[torch.arange(len(rows), device=device), last]).float()
