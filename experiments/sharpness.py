@@ -172,6 +172,17 @@ def table(records, args):
     return "\n".join(lines) + "\n"
 
 
+def finished(path):
+    """The records of a JSON file that earlier calls wrote; none if there is no file. Raises UserError."""
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is not what this program writes: remove it or choose another --out") from None
+
+
 def write(path, text):
     """Write the file as a whole. Raises UserError."""
     try:
@@ -202,13 +213,7 @@ def main(arguments):
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     out = f"{args.out}.json"
-    known, records = [], []
-    if os.path.exists(out):
-        try:
-            with open(out) as file:
-                known = json.load(file)
-        except json.JSONDecodeError:
-            raise UserError(f"{out} is not what this program writes: remove it or choose another --out") from None
+    known, records = finished(out), []
     with tqdm(total=len(args.runs) * (args.probes + args.iterations), unit="product", disable=None) as bar:
         for run in args.runs:
             path = os.path.join(run, args.ckpt)
