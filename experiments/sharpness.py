@@ -1,0 +1,238 @@
+"""
+How sharp the minima are in which runs ended: trace and largest eigenvalue of the Hessian of the loss, for each checkpoint.
+
+    python -m experiments.sharpness out/a out/b out/c --out results/sharpness
+
+The loss is that of --batches fixed windows of text at a time, --batch_size in each, spread evenly over the training split,
+whose loss the optimizer saw; --split val takes unseen text. Everything is float32, without dropout. The table goes to
+--out.md, the numbers to --out.json; a checkpoint that stands there with the same settings isn't computed again. Runs of
+one system, apart in their seeds, are also summarised. [Gai] (arXiv 2605.24425) reports that momentum in depth ends in
+flatter minima; compare runs of one data set and budget, since both numbers fall and rise with the loss and the scale of
+the weights.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections import defaultdict
+from dataclasses import fields
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
+
+import checkpoint
+from configurator import UserError, cli
+from data import Split, read_meta, replacing, sha256
+from model import GPTConfig
+
+
+def mean_loss(model, batches):
+    """Mean of the loss over all windows, nats per token. batches: pairs of idx and targets, (B, T) each."""
+    windows = sum(len(x) for x, _ in batches)
+    with torch.no_grad():
+        return sum(model(x, y)[1].item() * len(x) / windows for x, y in batches)
+
+
+def hessian_product(model, batches, v):
+    """
+    H v for the Hessian H of mean_loss in all parameters; v and the result are flat, in the order of parameters(). By
+    double backward: H v is the gradient of g.v, g that of the loss. Attention must be the plain one, since no fused
+    kernel can be differentiated twice.
+    """
+    parameters, windows = list(model.parameters()), sum(len(x) for x, _ in batches)
+    Hv = torch.zeros_like(v)
+    for x, y in batches:
+        with sdpa_kernel(SDPBackend.MATH):
+            _, loss = model(x, y)
+            g = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        gv = torch.cat([t.flatten() for t in g]) @ v
+        Hv += parameters_to_vector(torch.autograd.grad(gv, parameters, materialize_grads=True)) * (len(x) / windows)
+    return Hv
+
+
+def trace(product, like, probes, generator):
+    """
+    Hutchinson's estimate of tr H = E[z.Hz], z of random signs: its mean over the probes and the standard error of that.
+    product: v -> H v. like: a tensor of v's shape.
+    """
+    signs = (torch.randint(2, like.shape, generator=generator).to(like) * 2 - 1 for _ in range(probes))
+    estimates = [(z @ product(z)).item() for z in signs]
+    return statistics.mean(estimates), statistics.stdev(estimates) / probes**0.5
+
+
+def largest_eigenvalue(product, like, iterations, generator):
+    """
+    Lanczos' estimates of H's largest eigenvalue, a lower bound of it after each iteration, starting with the first. Three
+    vectors are kept, none made orthogonal again: lost orthogonality repeats eigenvalues and leaves the largest where it is.
+
+        beta_{k+1} q_{k+1} = H q_k - alpha_k q_k - beta_k q_{k-1}        alpha_k = q_k.H q_k
+    """
+    q = torch.randn(like.shape, generator=generator).to(like)
+    before, q, alphas, betas, estimates = torch.zeros_like(q), q / q.norm(), [], [0.0], []
+    for _ in range(iterations):
+        w = product(q) - betas[-1] * before
+        alphas.append((q @ w).item())
+        w -= alphas[-1] * q
+        T = torch.tensor(alphas, dtype=torch.float64).diag() + torch.tensor(betas[1:], dtype=torch.float64).diag(-1)
+        estimates.append(torch.linalg.eigvalsh(T)[-1].item())  # which reads the lower triangle alone
+        betas.append(w.norm().item())
+        before, q = q, w / betas[-1]
+    return estimates
+
+
+def read(folder, split, args, config, device):
+    """Evenly spaced windows of the split, the same for every run of the data set: [(idx, targets), ...]. Raises UserError."""
+    if (vocab_size := read_meta(folder)["vocab_size"]) > config.vocab_size:
+        raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: give its --data_dir")
+    text = Split(folder, split, config.block_size)
+    starts, size = text.fixed(args.batches * args.batch_size), args.batch_size
+    batches = [text.windows(starts[i : i + size]) for i in range(0, len(starts), size)]
+    return [tuple(torch.from_numpy(t).to(device) for t in batch) for batch in batches]
+
+
+def system(config):
+    """The variant and the choices that are not its own, as on the command line. config: a dict."""
+    own = GPTConfig(variant=config["variant"])
+    choices = [f.name for f in fields(GPTConfig) if f.default is None]
+    return " ".join([own.variant, *(f"--{c}={config[c]}" for c in choices if config[c] != getattr(own, c))])
+
+
+def measure(path, args, device, step):
+    """The numbers of one checkpoint, a dict; step() is called after each product."""
+    model, state = checkpoint.load_model(path, device)
+    if "config" not in state:
+        raise UserError(f"{path} does not say what it was trained on: take a checkpoint of train.py")
+    cfg = state["config"]
+    batches = read(os.path.join(args.data_dir or cfg["data_dir"], cfg["dataset"]), args.split, args, model.config, device)
+    like = parameters_to_vector(model.parameters()).detach()
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def product(v):
+        step()
+        return hessian_product(model, batches, v)
+
+    tr, error = trace(product, like, args.probes, generator)
+    *_, last, eigenvalue = largest_eigenvalue(product, like, args.iterations, generator)
+    return dict(
+        system=system(state["model_config"]),
+        model_config=state["model_config"],
+        dataset=cfg["dataset"],
+        run_seed=cfg["seed"],
+        step=state["step"],
+        tokens=sum(x.numel() for x, _ in batches),
+        parameters=len(like),
+        loss=mean_loss(model, batches),
+        trace=tr,
+        trace_error=error,
+        trace_per_parameter=tr / len(like),
+        eigenvalue=eigenvalue,
+        eigenvalue_change=abs(eigenvalue - last) / abs(eigenvalue),
+        device=device if device == "cpu" else torch.cuda.get_device_name(),
+        torch=torch.__version__,
+    )
+
+
+def spread(records, key, form):
+    """Mean ± standard deviation over runs."""
+    values = [r[key] for r in records]
+    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def table(records, args):
+    """The Markdown: a line a run, and a line a system where one has several runs."""
+    first = records[0]
+    lines = [
+        f"Hessian of the loss on {args.batches} x {args.batch_size} windows ({first['tokens']:,} tokens) of the {args.split} "
+        f"split, all parameters, float32, no dropout. Trace: Hutchinson's estimate ± standard error over {args.probes} "
+        f"random signs; largest eigenvalue: after {args.iterations} Lanczos iterations, with its relative change in the last "
+        f"one; seed {args.seed}. {first['device']}, torch {first['torch']}.\n",
+        "| run | system | seed | step | loss, nats per token | trace | trace per parameter | largest eigenvalue | change |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    systems = defaultdict(list)
+    for r in records:
+        cells = [r["run"], r["system"], r["run_seed"], f"{r['step']:,}", f"{r['loss']:.4f}",
+                 f"{r['trace']:.4g} ± {r['trace_error']:.2g}", f"{r['trace_per_parameter']:.3g}",
+                 f"{r['eigenvalue']:.4g}", f"{r['eigenvalue_change']:.0e}"]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        systems[json.dumps(r["model_config"]), r["dataset"], r["step"]].append(r)
+    if len(systems) < len(records):
+        lines += [
+            "\nMean ± standard deviation over the runs of one system:\n",
+            "| system | runs | loss, nats per token | trace | trace per parameter | largest eigenvalue |",
+            "|---|--:|--:|--:|--:|--:|",
+        ]
+        forms = dict(loss=".4f", trace=".4g", trace_per_parameter=".3g", eigenvalue=".4g")
+        for runs in systems.values():
+            cells = [runs[0]["system"], str(len(runs)), *(spread(runs, key, form) for key, form in forms.items())]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def finished(path):
+    """The records of a JSON file that earlier calls wrote; none if there is no file. Raises UserError."""
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is not what this program writes: remove it or choose another --out") from None
+
+
+def write(path, text):
+    """Write the file as a whole. Raises UserError."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="folders of runs of train.py")
+    parser.add_argument("--ckpt", default="ckpt.pt", help="the file in each: ckpt.pt, the latest, or best.pt")
+    parser.add_argument("--batches", type=int, default=8, help="batches of windows that the loss is the mean of")
+    parser.add_argument("--batch_size", type=int, default=4, help="windows in a batch")
+    parser.add_argument("--probes", type=int, default=16, help="random vectors for the trace")
+    parser.add_argument("--iterations", type=int, default=20, help="Lanczos iterations for the eigenvalue")
+    parser.add_argument("--seed", type=int, default=0, help="of the probes and of Lanczos' first vector")
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--data_dir", help="folder of the data sets; default: as in training")
+    parser.add_argument("--device", default="auto", help="cuda, cpu; auto: cuda if there is one")
+    parser.add_argument("--out", default="results/sharpness", help="the .md and .json to write, without the ending")
+    args = parser.parse_args(arguments)
+    for name, least in dict(batches=1, batch_size=1, probes=2, iterations=2).items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+    out = f"{args.out}.json"
+    known, records = finished(out), []
+    with tqdm(total=len(args.runs) * (args.probes + args.iterations), unit="product", disable=None) as bar:
+        for run in args.runs:
+            path = os.path.join(run, args.ckpt)
+            settings = ("ckpt", "batches", "batch_size", "probes", "iterations", "seed", "split")
+            identity = dict(run=run) | {k: getattr(args, k) for k in settings}
+            if os.path.exists(path):  # otherwise measure() says what to do
+                identity |= dict(sha256=sha256(path))
+            found = [r for r in known if identity.items() <= r.items()]
+            if found:
+                bar.update(args.probes + args.iterations)
+            else:
+                found = [identity | measure(path, args, device, bar.update)]
+                known += found
+                write(out, json.dumps(known, indent=1) + "\n")
+            records += found
+    text = table(records, args)
+    write(f"{args.out}.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    cli(main)

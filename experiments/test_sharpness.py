@@ -1,0 +1,194 @@
+"""experiments.sharpness: its numbers against the explicit Hessian of a tiny model and against differences of gradients."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import checkpoint
+from configurator import UserError
+from data import Split, Writer
+from experiments import sharpness
+from model import GPT, VARIANTS, GPTConfig
+
+VOCAB = 11
+
+
+def tiny(variant="MHA", seed=0, **choices):
+    """A model far from its initialisation, where each parameter matters."""
+    torch.manual_seed(seed)
+    sizes = dict(n_layer=2, n_head=2, n_embd=4, block_size=6, vocab_size=VOCAB) | choices
+    model = GPT(GPTConfig(variant=variant, **sizes)).eval()
+    vector_to_parameters(parameters_to_vector(model.parameters()) + 0.3 * torch.randn(len(flat(model))), model.parameters())
+    return model
+
+
+def flat(model):
+    return parameters_to_vector(model.parameters()).detach()
+
+
+def batches(*sizes):
+    rng = np.random.default_rng(0)
+    return [tuple(torch.from_numpy(rng.integers(VOCAB, size=(2, n, 6)))) for n in sizes]
+
+
+def differences(model, data, v, h=1e-6):
+    """H v by central differences of the gradient of the loss on all windows at once."""
+    x, y = (torch.cat(t) for t in zip(*data, strict=True))
+    theta, gradients = flat(model), []
+    for at in theta + h * v, theta - h * v, theta:
+        vector_to_parameters(at, model.parameters())
+        gradient = torch.autograd.grad(model(x, y)[1], list(model.parameters()), materialize_grads=True)
+        gradients.append(parameters_to_vector(gradient))
+    return (gradients[0] - gradients[1]) / (2 * h)
+
+
+@pytest.fixture(scope="module")
+def explicit():
+    """
+    A model of a few hundred parameters, its batches of unequal size, and its whole Hessian by differences of gradients:
+    torch.func.hessian is no reference here, torch 2.13 differentiates LayerNorm's backward pass forward wrongly.
+    """
+    model, data = tiny(n_layer=1).double(), batches(3, 2)
+    H = torch.stack([differences(model, data, e) for e in torch.eye(len(flat(model)), dtype=torch.float64)])
+    return model, data, (H + H.T) / 2
+
+
+def test_products_are_those_of_the_explicit_hessian(explicit):
+    model, data, H = explicit
+    for v in torch.randn(3, len(H), dtype=torch.float64):
+        torch.testing.assert_close(sharpness.hessian_product(model, data, v), H @ v, rtol=1e-6, atol=1e-6)
+
+
+def test_the_trace_is_estimated_with_its_error(explicit):
+    _, _, H = explicit
+    probes, generator = 400, torch.Generator().manual_seed(1)
+    mean, error = sharpness.trace(lambda v: H @ v, H[0], probes, generator)
+    # random signs leave the variance of what lies off the diagonal
+    expected = (2 * (H - H.diag().diag()).square().sum() / probes).sqrt().item()
+    assert error == pytest.approx(expected, rel=0.15)
+    assert abs(mean - H.trace().item()) < 3 * expected
+
+
+def test_lanczos_finds_the_largest_eigenvalue(explicit):
+    _, _, H = explicit
+    top = torch.linalg.eigvalsh(H)[-1].item()
+    for sign, expected in ((1, top), (-1, torch.linalg.eigvalsh(-H)[-1].item())):  # not the largest of absolute value
+        found = sharpness.largest_eigenvalue(lambda v, s=sign: s * (H @ v), H[0], 120, torch.Generator().manual_seed(0))
+        assert len(found) == 120 and found[-1] == pytest.approx(expected, rel=1e-9)
+        assert all(b > a - 1e-9 for a, b in zip(found, found[1:], strict=False)) and found[0] < expected
+    few = sharpness.largest_eigenvalue(lambda v: H.float() @ v, H[0].float(), 20, torch.Generator().manual_seed(0))
+    assert few[-1] == pytest.approx(top, rel=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_products(variant):
+    model, data = tiny(variant).double(), batches(2)
+    v = torch.randn(len(flat(model)), dtype=torch.float64)
+    expected = differences(model, data, v)
+    assert (sharpness.hessian_product(model, data, v) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that makes a run's folder with a checkpoint, and returns it."""
+    data = tmp_path / "text"
+    data.mkdir()
+    shards = {}
+    for i, split in enumerate(("train", "val")):
+        writer = Writer(data, split, np.uint16, 1000)
+        writer.add(np.random.default_rng(i).integers(VOCAB, size=200))
+        writer.flush()
+        shards[split] = writer.shards
+    (data / "meta.json").write_text(json.dumps(dict(vocab_size=VOCAB, shards=shards)))
+
+    def make(name, variant="MHA", seed=0, **choices):
+        model = tiny(variant, seed, **choices)
+        where = dict(data_dir=str(tmp_path), dataset="text", seed=seed)
+        state = dict(model=model.state_dict(), model_config=asdict(model.config), config=where, step=7)
+        (tmp_path / name).mkdir()
+        checkpoint.save(tmp_path / name / "ckpt.pt", state)
+        return tmp_path / name
+
+    return make
+
+
+def measure(*arguments, out):
+    sharpness.main([*map(str, arguments), "--out", str(out), "--batches", "2", "--batch_size", "3", "--device", "cpu"])
+    return json.loads((out.parent / f"{out.name}.json").read_text())
+
+
+def rows(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_table(run, tmp_path, capsys):
+    """Numbers of the saved weights on the windows that are named; systems with several seeds are summarised."""
+    a, b, c = run("a"), run("b", seed=1), run("c", "NagMHA", beta=0.5, dropout=0.3, n_layer=1)
+    records = measure(a, b, c, "--probes", "12", "--iterations", "24", out=tmp_path / "s")
+    text = capsys.readouterr().out
+    assert text.strip() == (tmp_path / "s.md").read_text().strip()
+    model, split = tiny("NagMHA", beta=0.5, dropout=0.3, n_layer=1), Split(tmp_path / "text", "train", 6)
+    x, y = map(torch.from_numpy, split.windows(split.fixed(6)))
+    loss = model(x, y)[1].item()
+    H = torch.stack([sharpness.hessian_product(model, [(x, y)], e) for e in torch.eye(len(flat(model)))])
+    assert records[2]["loss"] == pytest.approx(loss, rel=1e-5) and records[2]["tokens"] == x.numel()
+    assert records[2]["trace"] == pytest.approx(H.trace().item(), abs=4 * records[2]["trace_error"])
+    assert records[2]["trace_per_parameter"] == records[2]["trace"] / len(H)
+    assert records[2]["eigenvalue"] == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-4)
+    assert 0 <= records[2]["eigenvalue_change"] < 1e-4
+    head, one, two, three, _, mha, nag = rows(text)
+    assert three[:5] == [str(c), "NagMHA --beta=0.5", "0", "7", f"{loss:.4f}"] and one[1] == two[1] == "MHA"
+    assert float(three[7]) == pytest.approx(records[2]["eigenvalue"], rel=1e-3)
+    eigenvalues = np.array([float(one[7]), float(two[7])])
+    mean, sd = map(float, mha[5].split(" ± "))
+    assert (mha[1], nag[1]) == ("2", "1") and "±" not in nag[5]
+    assert mean == pytest.approx(eigenvalues.mean(), rel=1e-3) and sd == pytest.approx(eigenvalues.std(ddof=1), rel=1e-2)
+
+
+def test_a_checkpoint_is_measured_once(run, tmp_path, monkeypatch, capsys):
+    a, b = run("a"), run("b", "MomenMHA")
+    few = ("--probes", "2", "--iterations", "3")
+    first = measure(a, *few, out=tmp_path / "s")
+    assert measure(a, *few, out=tmp_path / "again") == first
+    for flags in ("--split", "val"), ("--seed", "1"):  # other settings, beside the first
+        again, other = measure(a, *few, *flags, out=tmp_path / flags[0]), measure(a, *few, out=tmp_path / flags[0])
+        assert other == again + first and again[0]["trace"] != first[0]["trace"]
+        assert (again[0]["loss"] == first[0]["loss"]) == (flags[0] == "--seed")
+
+    both = measure(a, b, *few, out=tmp_path / "s")
+    assert both[:1] == first and len(both) == 2
+    monkeypatch.setattr(sharpness, "hessian_product", None)
+    capsys.readouterr()
+    assert measure(b, a, *few, out=tmp_path / "s") == both
+    assert [row[0] for row in rows(capsys.readouterr().out)[1:]] == [str(b), str(a)]
+    checkpoint.save(a / "ckpt.pt", checkpoint.load(b / "ckpt.pt"))  # another checkpoint at its place
+    with pytest.raises(TypeError):
+        measure(a, *few, out=tmp_path / "s")
+
+
+def test_what_does_not_fit_is_said(run, tmp_path):
+    a = run("a")
+    for flag, least in dict(batches=1, probes=2, iterations=2).items():
+        with pytest.raises(UserError, match=f"--{flag} {least - 1} must be at least {least}"):
+            sharpness.main([str(a), f"--{flag}", str(least - 1)])
+    with pytest.raises(UserError, match="no checkpoint at"):
+        measure(tmp_path / "none", out=tmp_path / "s")
+    with pytest.raises(UserError, match="no finished data set"):
+        measure(a, "--data_dir", tmp_path / "a", out=tmp_path / "s")
+    state = checkpoint.load(a / "ckpt.pt")
+    checkpoint.save(a / "ckpt.pt", {k: v for k, v in state.items() if k != "config"})
+    with pytest.raises(UserError, match="trained on"):
+        measure(a, out=tmp_path / "s")
+    small = run("small", vocab_size=VOCAB - 1)
+    with pytest.raises(UserError, match=f"vocabulary of {VOCAB}, the model one of {VOCAB - 1}"):
+        measure(small, out=tmp_path / "s")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match="choose another --out"):
+        measure(a, out=tmp_path / "broken")
+    checkpoint.save(a / "ckpt.pt", state)
+    with pytest.raises(UserError, match="cannot write"):
+        measure(a, "--probes", 2, "--iterations", 2, out=tmp_path / "text" / "meta.json" / "s")

@@ -1,0 +1,325 @@
+"""
+Two toy problems in minutes on a CPU, and how large the gradients are that each layer's attention gets.
+
+    python prepare.py lis
+    python -m experiments.toy --systems MHA MomenMHA NagMHA DenseMHA --seeds 1 2 3 --steps 600 --out results/toy
+    python -m experiments.toy --systems MHA "MomenMHA --beta=0.8" --no_mlp --out results/toy_no_mlp
+
+regression: x_1, y_1, ..., x_n, y_n with y = w.x + noise and a fresh w in each sequence; every y is predicted from the
+examples before it, in mean squared error. lis: the lengths of longest increasing subsequences (prepare.py lis), trained on
+all tokens, judged by the lengths. MomenMHA unrolls to a weighted DenseNet over the attentions' outputs ([Ren], arXiv
+2511.00907); whether these implicit skips pass larger gradients to early layers is read off the norms of the loss
+gradient in the attention parameters of each layer, means over all steps. Curves and norms go to --out.png, tables to
+--out.md, numbers to --out.json; a problem, system and seed that stands there isn't run again.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import time
+from dataclasses import asdict, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from configurator import UserError, cli, parse
+from data import Split
+from experiments.plot import plt, save
+from experiments.sharpness import finished, spread, write
+from model import GPT, GPTConfig
+from train import Config, learning_rate, optimizers
+
+D, EXAMPLES, NOISE, SEQUENCES = 2, 8, 0.1, 32  # of regression: dimension of x, (x, y) in a sequence, sd of the noise, batch
+BLOCK_SIZE, WINDOWS = 128, 4  # of lis: tokens in a window, windows in a batch
+END, EQUALS, ZERO, NINE = 256, *b"=09"
+
+
+def outputs(model, inputs):
+    """What the head reads out at every position, (B, T, its width): GPT.forward without a loss."""
+    x, v = model.embed(inputs)
+    for block in model.layers():
+        x, v = block(x, v)
+    return model.lm_head(model.transformer.ln_f(x))
+
+
+class Regression:
+    """In-context linear regression. Tokens are vectors: (x, 0) and (0, y); linear maps stand for the token tables."""
+
+    title, loss, name = "in-context regression", "mean squared error", "regression"
+    sizes = dict(block_size=2 * EXAMPLES, vocab_size=1)
+
+    def __init__(self, data_dir, device):
+        self.device = device
+        self.held_out = self.examples(16 * SEQUENCES, seed=-1)
+        self.reference = ridge(*self.held_out).mean().item()
+
+    def examples(self, n, seed):
+        """x: (n, EXAMPLES, D), standard normal, and y: (n, EXAMPLES, 1), of variance 1 plus the noise's."""
+        generator = torch.Generator().manual_seed(seed)
+        x, w = (torch.randn(n, m, D, generator=generator) for m in (EXAMPLES, 1))
+        y = (x * w).sum(2, keepdim=True) / math.sqrt(D) + NOISE * torch.randn(n, EXAMPLES, 1, generator=generator)
+        return x.to(self.device), y.to(self.device)
+
+    def fit(self, model):
+        """A GPT with read-in and read-out in place of its tables and head."""
+        C = model.config.n_embd
+        for table in {"wte", "vte"} & {*model.transformer}:
+            model.transformer[table] = nn.Linear(D + 1, C)
+        model.lm_head = nn.Linear(C, 1)
+
+    def batch(self, seed, step):
+        return self.examples(SEQUENCES, seed=seed * 1_000_003 + step)
+
+    def training_loss(self, model, x, y):
+        return self.errors(model, x, y).mean()
+
+    def errors(self, model, x, y):
+        """Squared errors, (B, EXAMPLES), the i-th with i examples in the context."""
+        tokens = torch.stack((F.pad(x, (0, 1)), F.pad(y, (D, 0))), 2).flatten(1, 2)
+        return (outputs(model, tokens)[:, ::2] - y).square().squeeze(2)
+
+    def evaluate(self, model):
+        by_examples = self.errors(model, *self.held_out).mean(0).tolist()
+        return dict(loss=statistics.mean(by_examples), by_examples=by_examples)
+
+    def draw(self, ax, runs, colors):
+        for system, seeds in runs.items():
+            band(ax, range(EXAMPLES), [r["evaluations"][-1]["by_examples"] for r in seeds], colors[system])
+        ax.plot(ridge(*self.held_out).cpu(), color="black", ls="--", lw=1)
+        ax.set(xlabel="examples in the context", ylabel="final mean squared error", yscale="log")
+
+    def columns(self):
+        """What the table tells beside the loss: heads, and where the numbers stand in an evaluation."""
+        return {f"{i} examples": lambda e, i=i: e["by_examples"][i] for i in (0, 1, D, EXAMPLES - 1)}
+
+
+def ridge(x, y):
+    """
+    Squared errors, (EXAMPLES,), of the best predictor there is: the posterior mean of w given the first i examples, i = 0,
+    1, ..., which is ridge regression with NOISE^2 over w's variance 1 / D as its weight (derived).
+    """
+    errors, eye = [], D * NOISE**2 * torch.eye(D, device=x.device)
+    for i in range(x.size(1)):
+        X, Y = x[:, :i], y[:, :i]
+        w = torch.linalg.solve(X.mT @ X + eye, X.mT @ Y)
+        errors.append((x[:, i : i + 1] @ w - y[:, i : i + 1]).square().mean())
+    return torch.stack(errors)
+
+
+class LIS:
+    """Prefix longest increasing subsequences, as bytes."""
+
+    title, loss, name = "longest increasing subsequence", "loss (nats per digit of a length)", "lis"
+    sizes = dict(block_size=BLOCK_SIZE, vocab_size=END + 1)
+
+    def __init__(self, data_dir, device):
+        self.device, self.folder = device, os.path.join(data_dir, "lis")
+        validation = Split(self.folder, "val", BLOCK_SIZE)
+        self.held_out = self.tensors(validation.windows(validation.fixed(16 * WINDOWS)))
+        self.training, self.reference = {}, None
+
+    def tensors(self, arrays):
+        return [torch.from_numpy(t).to(self.device) for t in arrays]
+
+    def fit(self, model):
+        """Tokens are what a GPT reads."""
+
+    def batch(self, seed, step):
+        split = self.training.setdefault(seed, Split(self.folder, "train", BLOCK_SIZE, seed))
+        return self.tensors(split.batch(range(step * WINDOWS, (step + 1) * WINDOWS)))
+
+    def training_loss(self, model, x, y):
+        return model(x, y)[1]
+
+    def evaluate(self, model):
+        """Loss and accuracy of the digits of the lengths."""
+        x, y = self.held_out
+        asked = lengths(x, y)
+        logits, digits = outputs(model, x)[asked], y[asked]
+        return dict(loss=F.cross_entropy(logits, digits).item(), accuracy=(logits.argmax(1) == digits).float().mean().item())
+
+    def draw(self, ax, runs, colors):
+        for system, seeds in runs.items():
+            band(ax, seeds[0]["steps"], [[e["accuracy"] for e in r["evaluations"]] for r in seeds], colors[system])
+        ax.axhline(self.repeating(), color="black", ls="--", lw=1)
+        ax.set(xlabel="training step", ylabel="accuracy of the lengths")
+
+    def repeating(self):
+        """Accuracy of repeating the length before, 1 at the start."""
+        x, y = self.held_out
+        before = torch.where(x == EQUALS, ZERO + 1, x).roll(1, 1)
+        return (before == y)[lengths(x, y)].float().mean().item()
+
+    def columns(self):
+        return dict(accuracy=lambda e: e["accuracy"])
+
+
+def lengths(x, y):
+    """Which targets y, (B, T) bool, are digits of lengths: after the = of a line that began within the window x."""
+    at = torch.arange(x.size(1), device=x.device)
+    end, equals = (torch.where(x == token, at, -1).cummax(1).values for token in (END, EQUALS))
+    return (end >= 0) & (equals > end) & (y >= ZERO) & (y <= NINE)
+
+
+def gradient_norms(model):
+    """Norms of the gradient in each block's attention parameters, (n_layer,)."""
+    return torch.stack([nn.utils.get_total_norm([p.grad for p in b.attn.parameters()]) for b in model.transformer.h])
+
+
+def configure(system, args, seed):
+    """The run's train.Config. Raises UserError."""
+    flags = dict(variant=system.split()[0], seed=seed, n_layer=4, n_head=4, n_embd=args.n_embd, max_iters=args.steps,
+                 learning_rate=args.learning_rate, min_lr=args.learning_rate / 10, warmup_iters=args.steps // 10)  # fmt: skip
+    return parse(Config, [*(f"--{k}={v}" for k, v in flags.items()), *shlex.split(system)[1:]])
+
+
+def build(problem, cfg, mlp, device):
+    """The problem's model; without MLPs, theirs is the direction 0."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | problem.sizes))
+    problem.fit(model)
+    if not mlp:
+        for block in model.transformer.h:
+            del block.mlp, block.ln_2
+            block.mlp, block.ln_2 = torch.zeros_like, nn.Identity()
+    return model.to(device)
+
+
+def train(problem, cfg, args, device):
+    """One run: dict of steps, the evaluations there, the mean gradient norm of each layer and seconds."""
+    model, began = build(problem, cfg, not args.no_mlp, device), time.time()
+    opts, norms, steps, evaluations = optimizers(model, cfg, device), 0.0, [], []
+    for step in range(args.steps + 1):
+        if step % max(1, args.steps // 10) == 0 or step == args.steps:
+            model.eval()
+            with torch.no_grad():
+                evaluations.append(problem.evaluate(model))
+            steps.append(step)
+            model.train()
+        if step == args.steps:
+            break
+        problem.training_loss(model, *problem.batch(cfg.seed, step)).backward()
+        norms += gradient_norms(model) / args.steps
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = learning_rate(step, cfg) * group["peak"]
+            opt.step()
+            opt.zero_grad()
+    seconds = time.time() - began
+    return dict(steps=steps, evaluations=evaluations, gradient_norms=norms.tolist(), seconds=seconds)
+
+
+def band(ax, x, curves, color, **style):
+    """The mean of the curves and the range that they span."""
+    low, mean, high = zip(*((min(v), statistics.mean(v), max(v)) for v in zip(*curves, strict=True)), strict=True)
+    ax.plot(x, mean, color=color, marker="osD^v"[int(color[1:]) % 5], ms=4, lw=1.2, **style)
+    ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+
+
+def draw(problems, results, title):
+    """A row a problem: loss by step, the problem's own panel, gradient norm by layer. results: {problem: {system: [run]}}."""
+    fig, axes = plt.subplots(2, 3, figsize=(10, 6), dpi=150, layout="constrained")
+    fig.suptitle(title, fontsize=10)
+    for problem, (a, b, c) in zip(problems, axes, strict=True):
+        runs = results[problem.name]
+        colors = {system: f"C{i}" for i, system in enumerate(runs)}
+        for ax in a, b, c:
+            ax.grid(alpha=0.3)
+        for system, seeds in runs.items():
+            losses = [[e["loss"] for e in r["evaluations"][1:]] for r in seeds]  # untrained ones would set the scale
+            band(a, seeds[0]["steps"][1:], losses, colors[system], label=system)
+            norms = [r["gradient_norms"] for r in seeds]
+            band(c, range(len(norms[0])), norms, colors[system])
+        if problem.reference is not None:
+            a.axhline(
+                problem.reference, color="black", ls="--", lw=1, label="ridge regression (top), the length before (bottom)"
+            )
+        a.set(xlabel="training step", ylabel=problem.loss)
+        a.set_title(problem.title, fontsize=10)
+        problem.draw(b, runs, colors)
+        c.set(xlabel="layer", ylabel="gradient norm of attention", xticks=range(len(norms[0])), ylim=0)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    return fig
+
+
+def table(problem, runs):
+    """A line a system: means ± standard deviations over seeds at the end of training."""
+    layers = len(next(iter(runs.values()))[0]["gradient_norms"])
+    names = [*problem.columns(), *(f"gradient norm, layer {i}" for i in range(layers)), "layer 0 over the last"]
+    rows = [f"| {problem.name} | {' | '.join([problem.loss, *names])} |", "|---|" + "--:|" * (len(names) + 1)]
+    for system, seeds in runs.items():
+        flat = []
+        for r in seeds:
+            last, norms = r["evaluations"][-1], r["gradient_norms"]
+            values = [f(last) for f in problem.columns().values()]
+            flat.append(dict(enumerate([last["loss"], *values, *norms, norms[0] / norms[-1]])))
+        rows.append(f"| {system} | {' | '.join(spread(flat, i, '.3g') for i in flat[0])} |")
+    return "\n".join(rows)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=["MHA", "MomenMHA", "NagMHA", "DenseMHA"],
+                        help='variants, or "VARIANT --override=value"')  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=600, help="of training")
+    parser.add_argument("--n_embd", type=int, default=32, help="width; there are 4 layers of 4 heads")
+    parser.add_argument("--learning_rate", type=float, default=5e-3, help="highest rate")
+    parser.add_argument("--no_mlp", action="store_true", help="attention alone: take the MLPs out")
+    parser.add_argument("--data_dir", default="data", help="folder that holds the data set lis")
+    parser.add_argument("--device", default="auto", help="cuda, cpu; auto: cuda if there is one")
+    parser.add_argument("--out", default="results/toy", help="the .png, .md and .json to write, without the ending")
+    args = parser.parse_args(arguments)
+    if args.steps < 10:
+        raise UserError(f"--steps {args.steps} must be at least 10")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    configs = {(system, seed): configure(system, args, seed) for system in args.systems for seed in args.seeds}
+    problems = [problem(args.data_dir, device) for problem in (Regression, LIS)]
+
+    known = finished(f"{args.out}.json")
+    results = {problem.name: {system: [] for system in args.systems} for problem in problems}
+    work = [(problem, *key) for key in configs for problem in problems]
+    for problem, system, seed in tqdm(work, unit="run", disable=None):
+        cfg = configs[system, seed]
+        identity = dict(problem=problem.name, system=system, seed=seed, mlp=not args.no_mlp, config=asdict(cfg))
+        found = [r for r in known if identity.items() <= r.items()]
+        if not found:
+            found = [identity | train(problem, cfg, args, device)]
+            known += found
+            write(f"{args.out}.json", json.dumps(known) + "\n")
+        results[problem.name][system] += found
+
+    hardware = platform.machine() + " CPU" if device == "cpu" else torch.cuda.get_device_name()
+    seeds = ", ".join(map(str, args.seeds))
+    title = f"mean and range of seeds {seeds}; 4 layers, width {args.n_embd}" + ", no MLPs" * args.no_mlp
+    minutes = sum(r["seconds"] for runs in results.values() for seed in runs.values() for r in seed) / 60
+    text = "\n\n".join([
+        f"`python -m experiments.toy {shlex.join(arguments)}`",
+        f"Mean ± standard deviation over seeds {seeds} after {args.steps:,} steps; 4 layers of 4 heads, width {args.n_embd}"
+        f"{', the MLPs taken out' * args.no_mlp}; {hardware}, {torch.get_num_threads()} thread(s), torch "
+        f"{torch.__version__}, {minutes:.1f} minutes in all. Gradient norm: of the loss in the attention parameters of a "
+        "layer, before clipping, mean over all steps.",
+        f"Regression: x of dimension {D}, {EXAMPLES} examples in a sequence, {SEQUENCES} sequences a step, noise of standard "
+        f"deviation {NOISE}. Predicting 0 has an error of {1 + NOISE**2:.2f}, ridge regression, the best there is, one of "
+        f"{problems[0].reference:.3f}, with {EXAMPLES - 1} examples {ridge(*problems[0].held_out)[-1]:.3f}.",
+        table(problems[0], results["regression"]),
+        f"lis: {WINDOWS} windows of {BLOCK_SIZE} bytes a step; loss and accuracy of the digits of the lengths. Repeating the "
+        f"length before has an accuracy of {problems[1].repeating():.3f}.",
+        table(problems[1], results["lis"]),
+        f"![Losses and gradient norms]({os.path.basename(args.out)}.png)",
+        "Dashed: ridge regression; repeating the length before.",
+    ])  # fmt: skip
+    write(f"{args.out}.md", text + "\n")
+    print(text)
+    save(draw(problems, results, title), f"{args.out}.png")
+
+
+if __name__ == "__main__":
+    cli(main)
