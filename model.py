@@ -693,11 +693,10 @@ class GPT(nn.Module):
         """The blocks in the order in which they are applied."""
         return [*self.transformer.h] * self.config.n_loop
 
-    def forward(self, idx, targets=None, caches=None, past=0):
+    def hidden(self, idx, caches=None, past=0):
         """
-        idx, targets: (B, T) int64; a target of -1 is not counted. Returns logits (B, T, vocab_size) and the mean
-        cross entropy in nats per token, or without targets the logits of the last position, (B, 1, vocab_size), and
-        None. caches, one for each of layers(), hold the `past` tokens before idx, which is then a single token.
+        What the head reads: the iterate after the last layer, normalised, (B, T, C). caches, one for each of layers(), hold
+        the `past` tokens before idx, which is then a single token.
         """
         assert past == 0 or idx.size(1) == 1
         x, v = self.embed(idx, past)
@@ -707,7 +706,15 @@ class GPT(nn.Module):
         else:
             for i, block in enumerate(self.layers()):
                 x, v = block(x, v, caches and caches[i])
-        x = self.transformer.ln_f(x)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, caches=None, past=0):
+        """
+        idx, targets: (B, T) int64; a target of -1 is not counted. Returns logits (B, T, vocab_size) and the mean
+        cross entropy in nats per token, or without targets the logits of the last position, (B, 1, vocab_size), and
+        None. caches and past are hidden()'s.
+        """
+        x = self.hidden(idx, caches, past)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)

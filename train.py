@@ -129,6 +129,14 @@ def learning_rate(step, cfg):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
 
 
+def short_dtype(kind):
+    """The name of the shortest dtype that this kind of device (cuda, cpu, mps) multiplies matrices of faster."""
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    cpu = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    return "bfloat16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16") else "float32"
+
+
 # bf16 matrix products without sparsity, FLOP/s, by a part of the card's name (the makers' data sheets)
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12}  # fmt: skip
@@ -165,12 +173,7 @@ def train(cfg, signals=()):
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-        short = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    elif kind == "cpu":
-        cpu = torch.cpu.get_capabilities()
-        short = "bfloat16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16") else "float32"
-    else:
-        short = "float32"
+    short = short_dtype(kind)
     dtype = cfg.dtype if cfg.dtype != "auto" else short
     if dtype == "bfloat16" != short:
         say(f"dtype=bfloat16, but this {kind} has no instructions for it: going on with {short}")

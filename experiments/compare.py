@@ -37,6 +37,7 @@ import train
 from configurator import UserError, cli, parse
 from data import read_meta
 from experiments.plot import enlarge_end, new_figure, read_metrics, save
+from experiments.records import markdown, mean_sd, write
 from model import GPT, GPTConfig
 
 UNITS = ("steps", "tokens", "seconds")
@@ -185,14 +186,6 @@ def p_value(losses, base):
     return ttest_rel(losses, base).pvalue.item() if len(losses) > 1 else None
 
 
-def mean_sd(values, sign=""):
-    return f"{statistics.mean(values):{sign}.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-
-
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *rows)) + "\n"
-
-
 def at_best(data):
     """{system: its runs at its best rate}. data: the content of NAME.json."""
     return {system: rates[best_rate(rates)] for system, rates in data["systems"].items()}
@@ -223,7 +216,7 @@ def report(data):
         rows.append([
             system + f", width {first['n_embd']}" * ("--match" in system)
             + f", rate {best_rate(data['systems'][system])}" * (len(rates) > 1), mean_sd(losses),
-            *(("", "") if system == base else (mean_sd(differences, "+"), "" if p is None else f"{p:.2g}")),
+            *(("", "") if system == base else (mean_sd(differences, "+.4f"), "" if p is None else f"{p:.2g}")),
             f"{first['steps']:,}", "not reached" if at is None else f"{at:,.0f}",
             f"{statistics.median(run['tokens_per_second'] for run in runs):,.0f}",
             f"{max(run['memory_gb'] for run in runs):.2f}", f"{max(run['spike'] for run in runs):.2f}",
@@ -317,10 +310,8 @@ def main(arguments):
         systems={system: {rate: [read_run(work[f]) for f in of_seeds] for rate, of_seeds in rates.items()}
                  for system, rates in systems.items()},
     )  # fmt: skip
-    os.makedirs("results", exist_ok=True)
-    for kind, text in dict(json=json.dumps(data), md=report(data)).items():
-        with open(f"results/{args.name}.{kind}", "w") as file:
-            file.write(text)
+    write(f"results/{args.name}.json", json.dumps(data) + "\n")
+    write(f"results/{args.name}.md", report(data))
     print(report(data))
     draw(data, f"results/{args.name}.png")
 

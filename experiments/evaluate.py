@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, cli
-from data import get_tokenizer, replacing, sha256
+from data import get_tokenizer, sha256
+from experiments import records as kept
 
 try:
     import lm_eval
@@ -189,25 +190,6 @@ def evaluate_text(lm, text):
     return dict(n=tokens, unit="tokens", metrics=[dict(metric=m, value=v, stderr=None, chance=None) for m, v in values.items()])
 
 
-def read_records(path):
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; choose another --out") from None
-
-
-def write_records(path, records):
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(records, indent=1).encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
-
-
 def table(records):
     """A line a metric, in Markdown."""
     lines = ["| checkpoint | system | step | task | over | metric | value | chance |", "|---|---|--:|---|--:|---|--:|--:|"]
@@ -245,7 +227,7 @@ def main(arguments):
     questions += [dict(task=path, data=hashlib.sha256(text.encode()).hexdigest(), limit=None) for path, text in texts.items()]
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    records, asked = read_records(args.out), []
+    records, asked = kept.read(args.out), []
     for name in set(tasks) - {r["task"] for r in records}:  # those in the records exist
         if name not in (names := task_manager().all_subtasks):
             near = difflib.get_close_matches(name, names, n=3)
@@ -257,13 +239,13 @@ def main(arguments):
         about = dict(checkpoint=path, sha256=sha256(path), system=model.config.variant, step=state["step"])
         for question in questions:
             key = about | question
-            record = next((r for r in records if key.items() <= r.items()), None)
+            record = kept.find(records, key)
             if record is None:
                 start, task = time.time(), question["task"]
                 record = key | (evaluate_text(lm, texts[task]) if task in texts else evaluate_task(lm, **question))
-                record |= dict(seconds=time.time() - start, device=device, torch=torch.__version__, lm_eval=lm_eval.__version__)
+                record |= checkpoint.made_with(device) | dict(lm_eval=lm_eval.__version__, seconds=time.time() - start)
                 records.append(record)
-                write_records(args.out, records)
+                kept.write(args.out, json.dumps(records, indent=1) + "\n")
             asked.append(record)
     print(table(asked))
 

@@ -18,15 +18,12 @@ table goes beside it as Markdown.
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
-import subprocess
 import time
 
 import numpy as np
@@ -39,7 +36,8 @@ from tqdm import tqdm
 import checkpoint
 import train
 from configurator import UserError, cli
-from data import get_tokenizer, replacing, sha256
+from data import get_tokenizer, sha256
+from experiments.records import find, markdown, mean_sd, read, write
 
 # A task's official metrics, which its score in the average is the mean of.
 TASKS = dict(cola=("Matthews",), sst2=("accuracy",), mrpc=("F1", "accuracy"), stsb=("Pearson", "Spearman"),
@@ -79,22 +77,6 @@ def encode(split, tokenizer, block_size):
     return [torch.tensor(row) for row in rows], torch.tensor(split["label"][:]), np.count_nonzero(cut) / len(cut)
 
 
-def hidden(model, idx):
-    """The residual stream behind the final LayerNorm, (B, T, C), as in GPT.forward."""
-    x, v = model.embed(idx)
-    for block in model.layers():
-        x, v = block(x, v)
-    return model.transformer.ln_f(x)
-
-
-def has_bfloat16(kind):
-    """Whether matrix products run in bfloat16, by the rule of train.py; what has only float16 takes float32 here."""
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities()
-    return kind == "cpu" and any(cpu.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
 def outputs(model, rows):
     """What the head says at the last token of each of rows: (len(rows), outputs), float32."""
     device = model.lm_head.weight.device
@@ -102,8 +84,8 @@ def outputs(model, rows):
     T = idx.size(1)  # to one of few lengths, since on a CPU the kernels of every shape stay in memory
     idx = F.pad(idx, (0, min(-T % 16, model.config.block_size - T))).to(device)
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device.type)):
-        return model.lm_head(hidden(model, idx)[torch.arange(len(rows), device=device), last]).float()
+    with torch.autocast(device.type, torch.bfloat16, enabled=train.short_dtype(device.type) == "bfloat16"):
+        return model.lm_head(model.hidden(idx)[torch.arange(len(rows), device=device), last]).float()
 
 
 def batches(lengths, batch_size, rng):
@@ -187,26 +169,6 @@ def chance(task, training, validation):
     return score(task, labels, np.full(len(labels), statistics.mode(training["label"])))
 
 
-def provenance(device):
-    """Where and with what a result was made, as a dict. Raises UserError without scikit-learn."""
-    try:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "datasets", "scikit-learn", "scipy")}
-    except ImportError:
-        raise UserError("the metrics of GLUE come from scikit-learn: pip install scikit-learn") from None
-    cpu = f"{torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
-    try:
-        git = dict(cwd=os.path.dirname(__file__), stderr=subprocess.DEVNULL, text=True)
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], **git).strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        commit = None
-    return dict(
-        hardware=torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu,
-        dtype="bfloat16" if has_bfloat16(torch.device(device).type) else "float32",
-        commit=commit,
-        versions=versions | dict(python=platform.python_version()),
-    )
-
-
 def describe(folder, name, dropout):
     """What identifies the checkpoint folder/name, as a dict. Raises UserError if it does not load."""
     path = os.path.join(folder, name)
@@ -225,33 +187,14 @@ def run(model, task, training, validation, settings, seed, title):
     return dict(scores=scores, steps=steps, seconds=seconds, training=len(rows), validation=len(tests), cut=cut)
 
 
-def read_records(path):
-    """The fine-tunings that the JSON holds, none if it isn't there. Raises UserError."""
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out {path} is not a JSON of this command ({type(error).__name__}): choose another") from None
-
-
-def mean_sd(values):
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def table(rows, tasks):
     """Markdown, a line a system and at the end the average of its tasks; rows: {system: {task: [scores of a seed, ...]}}."""
-    lines = [
-        "| checkpoint | " + " | ".join(f"{task}: {' / '.join(TASKS[task])}" for task in tasks) + " | average |",
-        "|---|" + "--:|" * (len(tasks) + 1),
-    ]
+    lines = []
     for system, scores in rows.items():
-        cells = [" / ".join(mean_sd([seed[metric] for seed in scores[task]]) for metric in TASKS[task]) for task in tasks]
+        cells = [" / ".join(mean_sd([seed[m] for seed in scores[task]], ".1f") for m in TASKS[task]) for task in tasks]
         seeds = zip(*([statistics.mean(seed.values()) for seed in scores[task]] for task in tasks), strict=True)
-        cells.append(mean_sd([statistics.mean(seed) for seed in seeds]))
-        lines.append(f"| {system} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([system, *cells, mean_sd([statistics.mean(seed) for seed in seeds], ".1f")])
+    return markdown(["checkpoint", *(f"{task}: {' / '.join(TASKS[task])}" for task in tasks), "average"], lines)
 
 
 def main(arguments):
@@ -281,25 +224,23 @@ def main(arguments):
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     names = ("source", "epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "limit")
     settings = {name: getattr(args, name) for name in names}
-    made, records = provenance(device), read_records(args.out)
+    made_with, records = checkpoint.made_with(device), read(args.out)
     systems = {folder: describe(folder, args.ckpt, args.dropout) for folder in args.out_dirs}
     splits = {task: load(args.source, task) for task in args.tasks}
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
 
     rows, cut = {"majority class": {task: [chance(task, *splits[task])] for task in args.tasks}}, {}
     for (task, data), (folder, system) in itertools.product(splits.items(), systems.items()):
         name, encoded = f"`{folder}`, {system['variant']}, {system['step']:,} steps", None
         for seed in args.seeds:
             unit = dict(sha256=system["sha256"], task=task, seed=seed, settings=settings)
-            record = next((record for record in records if unit.items() <= record.items()), None)
+            record = find(records, unit)
             if record is None:
                 model, _ = checkpoint.load_model(os.path.join(folder, args.ckpt), device, dropout=args.dropout)
                 tokenizer = get_tokenizer(system["tokenizer"])
                 encoded = encoded or [encode(split, tokenizer, model.config.block_size) for split in data]
-                record = system | unit | made | run(model, task, *encoded, settings, seed, f"{folder} {task} {seed}")
+                record = system | unit | made_with | run(model, task, *encoded, settings, seed, f"{folder} {task} {seed}")
                 records.append(record)
-                with replacing(args.out) as file:
-                    file.write(json.dumps(records, indent=1).encode())
+                write(args.out, json.dumps(records, indent=1) + "\n")
                 print(f"{folder} {task} {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["scores"].items()))
             rows.setdefault(name, {}).setdefault(task, []).append(record["scores"])
             cut[task] = record["cut"]
@@ -312,11 +253,10 @@ def main(arguments):
         + f" training examples, {args.batch_size} a step, learning rate {args.learning_rate:g}, weight decay "
         f"{args.weight_decay:g}, dropout {args.dropout:g}. Training examples cut to the context: "
         + ", ".join(f"{task} {share:.1%}" for task, share in cut.items())
-        + f". {record['hardware']}, {record['dtype']}, torch {record['versions']['torch']}, code {record['commit']}.\n",
+        + f". {record['hardware']}, torch {record['torch']}, code {record['commit']}.\n",
         table(rows, args.tasks),
     ])  # fmt: skip
-    with open(os.path.splitext(args.out)[0] + ".md", "w") as file:
-        file.write(text + "\n")
+    write(os.path.splitext(args.out)[0] + ".md", text)
     print(text)
 
 

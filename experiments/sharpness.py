@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, cli
-from data import Split, read_meta, replacing, sha256
+from data import Split, read_meta, sha256
+from experiments.records import find, markdown, mean_sd, read, write
 from model import GPTConfig
 
 
@@ -83,7 +84,7 @@ def largest_eigenvalue(product, like, iterations, generator):
     return estimates
 
 
-def read(folder, split, args, config, device):
+def windows(folder, split, args, config, device):
     """Evenly spaced windows of the split, the same for every run of the data set: [(idx, targets), ...]. Raises UserError."""
     if (vocab_size := read_meta(folder)["vocab_size"]) > config.vocab_size:
         raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: give its --data_dir")
@@ -106,7 +107,7 @@ def measure(path, args, device, step):
     if "config" not in state:
         raise UserError(f"{path} does not say what it was trained on: take a checkpoint of train.py")
     cfg = state["config"]
-    batches = read(os.path.join(args.data_dir or cfg["data_dir"], cfg["dataset"]), args.split, args, model.config, device)
+    batches = windows(os.path.join(args.data_dir or cfg["data_dir"], cfg["dataset"]), args.split, args, model.config, device)
     like = parameters_to_vector(model.parameters()).detach()
     generator = torch.Generator().manual_seed(args.seed)
 
@@ -130,67 +131,34 @@ def measure(path, args, device, step):
         trace_per_parameter=tr / len(like),
         eigenvalue=eigenvalue,
         eigenvalue_change=abs(eigenvalue - last) / abs(eigenvalue),
-        device=device if device == "cpu" else torch.cuda.get_device_name(),
-        torch=torch.__version__,
+        **checkpoint.made_with(device),
     )
-
-
-def spread(records, key, form):
-    """Mean ± standard deviation over runs."""
-    values = [r[key] for r in records]
-    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
 
 
 def table(records, args):
     """The Markdown: a line a run, and a line a system where one has several runs."""
     first = records[0]
-    lines = [
+    text = (
         f"Hessian of the loss on {args.batches} x {args.batch_size} windows ({first['tokens']:,} tokens) of the {args.split} "
         f"split, all parameters, float32, no dropout. Trace: Hutchinson's estimate ± standard error over {args.probes} "
         f"random signs; largest eigenvalue: after {args.iterations} Lanczos iterations, with its relative change in the last "
-        f"one; seed {args.seed}. {first['device']}, torch {first['torch']}.\n",
-        "| run | system | seed | step | loss, nats per token | trace | trace per parameter | largest eigenvalue | change |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    systems = defaultdict(list)
+        f"one; seed {args.seed}. {first['hardware']}, torch {first['torch']}, code {first['commit']}.\n\n"
+    )
+    rows, systems = [], defaultdict(list)
     for r in records:
-        cells = [r["run"], r["system"], r["run_seed"], f"{r['step']:,}", f"{r['loss']:.4f}",
-                 f"{r['trace']:.4g} ± {r['trace_error']:.2g}", f"{r['trace_per_parameter']:.3g}",
-                 f"{r['eigenvalue']:.4g}", f"{r['eigenvalue_change']:.0e}"]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        rows.append([r["run"], r["system"], r["run_seed"], f"{r['step']:,}", f"{r['loss']:.4f}",
+                     f"{r['trace']:.4g} ± {r['trace_error']:.2g}", f"{r['trace_per_parameter']:.3g}",
+                     f"{r['eigenvalue']:.4g}", f"{r['eigenvalue_change']:.0e}"])  # fmt: skip
         systems[json.dumps(r["model_config"]), r["dataset"], r["step"]].append(r)
+    numbers = ["loss, nats per token", "trace", "trace per parameter", "largest eigenvalue"]
+    text += markdown(["run", "system", "seed", "step", *numbers, "change"], rows)
     if len(systems) < len(records):
-        lines += [
-            "\nMean ± standard deviation over the runs of one system:\n",
-            "| system | runs | loss, nats per token | trace | trace per parameter | largest eigenvalue |",
-            "|---|--:|--:|--:|--:|--:|",
-        ]
         forms = dict(loss=".4f", trace=".4g", trace_per_parameter=".3g", eigenvalue=".4g")
-        for runs in systems.values():
-            cells = [runs[0]["system"], str(len(runs)), *(spread(runs, key, form) for key, form in forms.items())]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def finished(path):
-    """The records of a JSON file that earlier calls wrote; none if there is no file. Raises UserError."""
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except json.JSONDecodeError:
-        raise UserError(f"{path} is not what this program writes: remove it or choose another --out") from None
-
-
-def write(path, text):
-    """Write the file as a whole. Raises UserError."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with replacing(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+        rows = [[runs[0]["system"], len(runs), *(mean_sd([r[k] for r in runs], form, ".2g") for k, form in forms.items())]
+                for runs in systems.values()]  # fmt: skip
+        text += "\nMean ± standard deviation over the runs of one system:\n\n"
+        text += markdown(["system", "runs", *numbers], rows)
+    return text
 
 
 def main(arguments):
@@ -213,7 +181,7 @@ def main(arguments):
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     out = f"{args.out}.json"
-    known, records = finished(out), []
+    known, records = read(out), []
     with tqdm(total=len(args.runs) * (args.probes + args.iterations), unit="product", disable=None) as bar:
         for run in args.runs:
             path = os.path.join(run, args.ckpt)
@@ -221,14 +189,14 @@ def main(arguments):
             identity = dict(run=run) | {k: getattr(args, k) for k in settings}
             if os.path.exists(path):  # otherwise measure() says what to do
                 identity |= dict(sha256=sha256(path))
-            found = [r for r in known if identity.items() <= r.items()]
-            if found:
+            record = find(known, identity)
+            if record:
                 bar.update(args.probes + args.iterations)
             else:
-                found = [identity | measure(path, args, device, bar.update)]
-                known += found
+                record = identity | measure(path, args, device, bar.update)
+                known.append(record)
                 write(out, json.dumps(known, indent=1) + "\n")
-            records += found
+            records.append(record)
     text = table(records, args)
     write(f"{args.out}.md", text)
     print(text)

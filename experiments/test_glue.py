@@ -34,7 +34,7 @@ def run(tmp_path):
     """The folder of a checkpoint, of an untrained MHA."""
     model = untrained()
     state = dict(model=model.state_dict(), model_config=asdict(model.config), tokenizer="bytes", step=7)
-    checkpoint.save(tmp_path / "best.pt", state)
+    checkpoint.save(tmp_path, state, best=True)
     return str(tmp_path)
 
 
@@ -119,12 +119,12 @@ def test_what_is_finished_is_not_run_again(run, source, monkeypatch):
     # other settings, or other weights under the old name, are another run
     assert len(fit(run, source, *QUICK, "--seeds", "1", "--weight_decay", "0")[0]) == 3
     state = checkpoint.load(Path(run) / "best.pt")
-    checkpoint.save(Path(run) / "best.pt", state | dict(step=8))
+    checkpoint.save(Path(run), state | dict(step=8), best=True)
     records, table = fit(run, source, *QUICK, "--seeds", "1")
     assert len(records) == 4 and table[-1][0].endswith("8 steps")
     # and each says where it comes from
     for record in records:
-        assert record["versions"]["torch"] == torch.__version__ and record["hardware"] and record["dtype"]
+        assert record["torch"] == torch.__version__ and record["hardware"]
         assert record["checkpoint"] == run and record["settings"]["limit"] == 16
 
 
@@ -171,7 +171,7 @@ def test_the_rate_rises_over_a_tenth_and_falls_to_nothing(source, monkeypatch):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_neither_padding_nor_company_changes_the_outputs(variant, monkeypatch):
-    monkeypatch.setattr(glue, "has_bfloat16", lambda kind: False)
+    monkeypatch.setattr(train, "short_dtype", lambda kind: "float32")
     model = untrained(variant, block_size=40)
     rows = [torch.randint(256, (n,)) for n in (3, 40, 1, 17)]
     expected = torch.cat([model(row[None])[0][:, 0] for row in rows])  # the model's own last logits
@@ -179,7 +179,7 @@ def test_neither_padding_nor_company_changes_the_outputs(variant, monkeypatch):
 
 
 def test_predictions_come_in_the_order_of_the_rows(monkeypatch):
-    monkeypatch.setattr(glue, "has_bfloat16", lambda kind: False)
+    monkeypatch.setattr(train, "short_dtype", lambda kind: "float32")
     model, rows = untrained(dropout=0.5), [torch.randint(256, (n,)) for n in (9, 2, 30, 4, 25)]
     expected = [model(row[None])[0].argmax().item() for row in rows]
     assert len(set(expected)) > 2 and glue.predict(model.train(), rows, 2).tolist() == expected  # without dropout
@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_said(run, source):
         (["--tasks", "qnli"], "cannot load qnli from .* --source DIR"),
         (["--source", f"{source}/missing"], "cannot load cola from .* --source DIR"),
         (["--dropout", "1"], "dropout=1.0"),
-        (["--ckpt", "ckpt.pt"], "no checkpoint"),
+        (["--ckpt", "none.pt"], "no checkpoint"),
         (["--out", f"{run}/best.pt"], "not a JSON of this command"),
     ):
         with pytest.raises(UserError, match=message) as error:

@@ -103,14 +103,15 @@ def run(tmp_path):
         writer.add(np.random.default_rng(i).integers(VOCAB, size=200))
         writer.flush()
         shards[split] = writer.shards
-    (data / "meta.json").write_text(json.dumps(dict(vocab_size=VOCAB, shards=shards)))
+    meta = dict(tokenizer="bytes", dtype="uint16", vocab_size=VOCAB, bytes=dict(train=200, val=200), shards=shards)
+    (data / "meta.json").write_text(json.dumps(meta))
 
     def make(name, variant="MHA", seed=0, **choices):
         model = tiny(variant, seed, **choices)
         where = dict(data_dir=str(tmp_path), dataset="text", seed=seed)
-        state = dict(model=model.state_dict(), model_config=asdict(model.config), config=where, step=7)
+        state = dict(model=model.state_dict(), model_config=asdict(model.config), config=where, tokenizer="bytes", step=7)
         (tmp_path / name).mkdir()
-        checkpoint.save(tmp_path / name / "ckpt.pt", state)
+        checkpoint.save(tmp_path / name, state, best=False)
         return tmp_path / name
 
     return make
@@ -122,7 +123,11 @@ def measure(*arguments, out):
 
 
 def rows(text):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ") and "---" not in line
+    ]
 
 
 def test_the_table(run, tmp_path, capsys):
@@ -165,7 +170,7 @@ def test_a_checkpoint_is_measured_once(run, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert measure(b, a, *few, out=tmp_path / "s") == both
     assert [row[0] for row in rows(capsys.readouterr().out)[1:]] == [str(b), str(a)]
-    checkpoint.save(a / "ckpt.pt", checkpoint.load(b / "ckpt.pt"))  # another checkpoint at its place
+    checkpoint.save(a, checkpoint.load(b / "ckpt.pt"), best=False)  # another checkpoint at its place
     with pytest.raises(TypeError):
         measure(a, *few, out=tmp_path / "s")
 
@@ -180,7 +185,7 @@ def test_what_does_not_fit_is_said(run, tmp_path):
     with pytest.raises(UserError, match="no finished data set"):
         measure(a, "--data_dir", tmp_path / "a", out=tmp_path / "s")
     state = checkpoint.load(a / "ckpt.pt")
-    checkpoint.save(a / "ckpt.pt", {k: v for k, v in state.items() if k != "config"})
+    checkpoint.save(a, {k: v for k, v in state.items() if k != "config"}, best=False)
     with pytest.raises(UserError, match="trained on"):
         measure(a, out=tmp_path / "s")
     small = run("small", vocab_size=VOCAB - 1)
@@ -189,6 +194,6 @@ def test_what_does_not_fit_is_said(run, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="choose another --out"):
         measure(a, out=tmp_path / "broken")
-    checkpoint.save(a / "ckpt.pt", state)
+    checkpoint.save(a, state, best=False)
     with pytest.raises(UserError, match="cannot write"):
         measure(a, "--probes", 2, "--iterations", 2, out=tmp_path / "text" / "meta.json" / "s")

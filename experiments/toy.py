@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import time
@@ -28,24 +27,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoint
 from configurator import UserError, cli, parse
 from data import Split
 from experiments.plot import plt, save
-from experiments.sharpness import finished, spread, write
+from experiments.records import find, markdown, mean_sd, read, write
 from model import GPT, GPTConfig
 from train import Config, learning_rate, optimizers
 
 D, EXAMPLES, NOISE, SEQUENCES = 2, 8, 0.1, 32  # of regression: dimension of x, (x, y) in a sequence, sd of the noise, batch
 BLOCK_SIZE, WINDOWS = 128, 4  # of lis: tokens in a window, windows in a batch
 END, EQUALS, ZERO, NINE = 256, *b"=09"
-
-
-def outputs(model, inputs):
-    """What the head reads out at every position, (B, T, its width): GPT.forward without a loss."""
-    x, v = model.embed(inputs)
-    for block in model.layers():
-        x, v = block(x, v)
-    return model.lm_head(model.transformer.ln_f(x))
 
 
 class Regression:
@@ -82,7 +74,7 @@ class Regression:
     def errors(self, model, x, y):
         """Squared errors, (B, EXAMPLES), the i-th with i examples in the context."""
         tokens = torch.stack((F.pad(x, (0, 1)), F.pad(y, (D, 0))), 2).flatten(1, 2)
-        return (outputs(model, tokens)[:, ::2] - y).square().squeeze(2)
+        return (model.lm_head(model.hidden(tokens))[:, ::2] - y).square().squeeze(2)
 
     def evaluate(self, model):
         by_examples = self.errors(model, *self.held_out).mean(0).tolist()
@@ -141,7 +133,7 @@ class LIS:
         """Loss and accuracy of the digits of the lengths."""
         x, y = self.held_out
         asked = lengths(x, y)
-        logits, digits = outputs(model, x)[asked], y[asked]
+        logits, digits = model.lm_head(model.hidden(x))[asked], y[asked]
         return dict(loss=F.cross_entropy(logits, digits).item(), accuracy=(logits.argmax(1) == digits).float().mean().item())
 
     def draw(self, ax, runs, colors):
@@ -253,15 +245,14 @@ def table(problem, runs):
     """A line a system: means ± standard deviations over seeds at the end of training."""
     layers = len(next(iter(runs.values()))[0]["gradient_norms"])
     names = [*problem.columns(), *(f"gradient norm, layer {i}" for i in range(layers)), "layer 0 over the last"]
-    rows = [f"| {problem.name} | {' | '.join([problem.loss, *names])} |", "|---|" + "--:|" * (len(names) + 1)]
+    rows = []
     for system, seeds in runs.items():
         flat = []
         for r in seeds:
             last, norms = r["evaluations"][-1], r["gradient_norms"]
-            values = [f(last) for f in problem.columns().values()]
-            flat.append(dict(enumerate([last["loss"], *values, *norms, norms[0] / norms[-1]])))
-        rows.append(f"| {system} | {' | '.join(spread(flat, i, '.3g') for i in flat[0])} |")
-    return "\n".join(rows)
+            flat.append([last["loss"], *(f(last) for f in problem.columns().values()), *norms, norms[0] / norms[-1]])
+        rows.append([system, *(mean_sd(values, ".3g", ".2g") for values in zip(*flat, strict=True))])
+    return markdown([problem.name, problem.loss, *names], rows)
 
 
 def main(arguments):
@@ -283,29 +274,29 @@ def main(arguments):
     configs = {(system, seed): configure(system, args, seed) for system in args.systems for seed in args.seeds}
     problems = [problem(args.data_dir, device) for problem in (Regression, LIS)]
 
-    known = finished(f"{args.out}.json")
+    known = read(f"{args.out}.json")
     results = {problem.name: {system: [] for system in args.systems} for problem in problems}
     work = [(problem, *key) for key in configs for problem in problems]
     for problem, system, seed in tqdm(work, unit="run", disable=None):
         cfg = configs[system, seed]
         identity = dict(problem=problem.name, system=system, seed=seed, mlp=not args.no_mlp, config=asdict(cfg))
-        found = [r for r in known if identity.items() <= r.items()]
-        if not found:
-            found = [identity | train(problem, cfg, args, device)]
-            known += found
+        record = find(known, identity)
+        if not record:
+            record = identity | train(problem, cfg, args, device)
+            known.append(record)
             write(f"{args.out}.json", json.dumps(known) + "\n")
-        results[problem.name][system] += found
+        results[problem.name][system].append(record)
 
-    hardware = platform.machine() + " CPU" if device == "cpu" else torch.cuda.get_device_name()
+    made_with = checkpoint.made_with(device)
     seeds = ", ".join(map(str, args.seeds))
     title = f"mean and range of seeds {seeds}; 4 layers, width {args.n_embd}" + ", no MLPs" * args.no_mlp
     minutes = sum(r["seconds"] for runs in results.values() for seed in runs.values() for r in seed) / 60
     text = "\n\n".join([
         f"`python -m experiments.toy {shlex.join(arguments)}`",
         f"Mean ± standard deviation over seeds {seeds} after {args.steps:,} steps; 4 layers of 4 heads, width {args.n_embd}"
-        f"{', the MLPs taken out' * args.no_mlp}; {hardware}, {torch.get_num_threads()} thread(s), torch "
-        f"{torch.__version__}, {minutes:.1f} minutes in all. Gradient norm: of the loss in the attention parameters of a "
-        "layer, before clipping, mean over all steps.",
+        f"{', the MLPs taken out' * args.no_mlp}; {made_with['hardware']}, {torch.get_num_threads()} thread(s), torch "
+        f"{made_with['torch']}, code {made_with['commit']}, {minutes:.1f} minutes in all. Gradient norm: of the loss in the "
+        "attention parameters of a layer, before clipping, mean over all steps.",
         f"Regression: x of dimension {D}, {EXAMPLES} examples in a sequence, {SEQUENCES} sequences a step, noise of standard "
         f"deviation {NOISE}. Predicting 0 has an error of {1 + NOISE**2:.2f}, ridge regression, the best there is, one of "
         f"{problems[0].reference:.3f}, with {EXAMPLES - 1} examples {ridge(*problems[0].held_out)[-1]:.3f}.",

@@ -1,0 +1,47 @@
+"""What experiments keep: finished pieces of work as JSON, so that none is done twice, and numbers with their spread."""
+
+import json
+import os
+import statistics
+
+from configurator import UserError
+from data import replacing
+
+
+def read(path):
+    """The list of records that earlier calls wrote to path; none if there is no file. Raises UserError."""
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON of this command ({type(error).__name__}): choose another --out") from None
+
+
+def write(path, text):
+    """Write a text file as a whole, and its folder. Raises UserError."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+
+
+def find(records, identity):
+    """The record that has all of these items, or None."""
+    return next((record for record in records if identity.items() <= record.items()), None)
+
+
+def mean_sd(values, form=".4f", sd=None):
+    """Mean ± standard deviation, which a single value doesn't have. form, sd: how they are written."""
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{sd or form.lstrip('+')}}"
+
+
+def markdown(head, rows):
+    """A table in Markdown, its first column to the left."""
+    return (
+        "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *rows)) + "\n"
+    )
