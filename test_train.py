@@ -17,7 +17,7 @@ import checkpoint
 import sample
 import train
 from configurator import UserError, parse
-from experiments import bench, plot
+from experiments import plot
 from model import GPT, VARIANTS, GPTConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -311,16 +311,6 @@ def test_configs(path):
     stated = re.search(r"([\d.]+)M parameters", text)
     assert stated, "say the number of parameters"
     assert sum(model.count_parameters().values()) / 1e6 == pytest.approx(float(stated[1]), abs=0.06)
-
-
-@pytest.mark.slow
-def test_bench(tmp_path):
-    small = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--rounds=2"]
-    bench.main(["steps", *small, f"--out={tmp_path / 'bench.jsonl'}"])
-    bench.main(["memory", *small, "--depths", "2", "12", f"--out={tmp_path / 'bench.jsonl'}"])
-    steps, memory = (json.loads(line)["result"] for line in (tmp_path / "bench.jsonl").read_text().splitlines())
-    assert set(steps) == set(VARIANTS) and steps["MHA"]["ratio"] == 1
-    assert set(memory) == {"plain", "reversible"} and (tmp_path / "bench_memory.png").exists()
 
 
 def test_help_names_every_knob():

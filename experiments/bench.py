@@ -1,15 +1,20 @@
 """
-What each variant costs: time of a training step over MHA's, and the memory that reversible layers save.
+What each variant costs, beside nanoGPT's way of running the baseline.
 
-    python -m experiments.bench steps --variants MHA NagMHA MHA2nd1st LightMHA2nd1st --block_size 1024 --batch_size 4
-    python -m experiments.bench memory
+    python -m experiments.bench steps --block_size 1024 --batch_size 4          all variants: training step, memory, generation
+    python -m experiments.bench lengths --variants MHA MHA2nd1st LinearMHA      time per token by sequence length
+    python -m experiments.bench memory                                          peak memory by depth, plain and reversible
+    python -m experiments.bench taylor out/newton                               size of MHA2nd1st's correction by length
 
-Steps of all variants alternate in one process and are compared by their medians, since times on a busy machine
-wander together. Peak memory is that of a process of its own for each depth.
+What is compared alternates in one process and is given as medians, since times on a busy machine wander together. Peak
+memory is that of a process of its own. The row nanoGPT is the model MHA as github.com/karpathy/nanoGPT runs it: on a CPU
+float32, not compiled and AdamW not fused, on CUDA bfloat16, compiled and fused; generation without a cache on both.
+Results are added to --out, one JSON object a line.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -17,112 +22,263 @@ import statistics
 import time
 
 import torch
+from tqdm import tqdm
 
+import checkpoint
 from configurator import UserError, cli
-from experiments.plot import new_figure, save
-from model import GPT, VARIANTS, GPTConfig
+from data import Split
+from experiments.plot import line, new_figure, save
+from experiments.records import markdown
+from model import GPT, VARIANTS, GPTConfig, causal
+from train import short_dtype
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BASELINE = "nanoGPT"
 
 
-def training_step(args, **choices):
-    """A function that takes one training step (forward, backward, AdamW) on random tokens; it returns nothing."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def build(args, name, **choices):
+    """The model of a row, a variant's or the baseline's, and the function that runs it."""
     torch.manual_seed(0)
+    variant = "MHA" if name == BASELINE else name
     sizes = {k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-    model = GPT(GPTConfig(bias=False, **sizes | choices)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    running = torch.compile(model) if args.compile else model
-    idx = torch.randint(args.vocab_size, (args.batch_size, args.block_size), device=device)
+    model = GPT(GPTConfig(bias=False, **sizes | dict(variant=variant) | choices)).to(DEVICE)
+    compiled = DEVICE == "cuda" if name == BASELINE else args.compile
+    return model, torch.compile(model) if compiled else model
+
+
+def synchronized():
+    """The time, with all work on the device done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training_step(args, name, **choices):
+    """A function that takes one training step on random tokens; it returns the seconds of forward, backward and all of it."""
+    model, running = build(args, name, **choices)
+    plain = name == BASELINE and DEVICE == "cpu"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not plain)
+    idx = torch.randint(args.vocab_size, (args.batch_size, args.block_size), device=DEVICE)
+    dtype = getattr(torch, "float32" if plain else args.dtype)
 
     def step(idx=idx):
-        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        times = [synchronized()]
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             loss = running(idx, idx)[1]
+        times.append(synchronized())
         loss.backward()
+        times.append(synchronized())
         optimizer.step()
-        optimizer.zero_grad(set_to_none=args.what == "steps")
-        if device == "cuda":
-            torch.cuda.synchronize()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(synchronized())
+        return times[1] - times[0], times[2] - times[1], times[3] - times[0]
 
     return step
 
 
-def seconds(step):
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def generation(args, name):
+    """A function that generates args.new_tokens after one token; it returns the seconds."""
+    model, _ = build(args, name)
+    model.eval()
+
+    @torch.no_grad()
+    def generate():
+        idx, start = torch.zeros(1, 1, dtype=torch.long, device=DEVICE), synchronized()
+        if name != BASELINE:
+            model.generate(idx, args.new_tokens, top_k=200)
+        else:  # every token with a pass over all before it
+            for _ in range(args.new_tokens):
+                logits = model(idx[:, -args.block_size :])[0][:, -1]
+                logits[logits < logits.topk(min(200, args.vocab_size)).values[:, -1:]] = -math.inf
+                idx = torch.cat((idx, logits.softmax(-1).multinomial(1)), 1)
+        return synchronized() - start
+
+    return generate
 
 
-def steps(args):
-    """Median seconds of a step for each variant, and the ratio to the first's."""
-    if unknown := set(args.variants) - set(VARIANTS):
-        raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    torch._dynamo.config.recompile_limit = 8 * len(args.variants)  # all of them share the code of one forward
-    running = {variant: training_step(args, variant=variant) for variant in args.variants}
-    for step in running.values():  # compile, warm up
-        step(), step()
-    times = {variant: [] for variant in running}
-    for _ in range(args.rounds):
-        for variant, step in running.items():
-            times[variant].append(seconds(step))
-    medians = {variant: statistics.median(t) for variant, t in times.items()}
-    base = medians[args.variants[0]]
-    print(f"| variant | s a step | over {args.variants[0]} |\n|---|--:|--:|")
-    for variant, median in medians.items():
-        print(f"| `{variant}` | {median:.3f} | {median / base:.2f} |")
-    return {variant: dict(seconds=median, ratio=median / base) for variant, median in medians.items()}
+def alternating(functions, rounds, warm_up):
+    """{name: [what it returned, a round]}, the functions in turn."""
+    torch._dynamo.config.recompile_limit = 8 * len(functions)  # all models share the code of one forward
+    for function in tqdm(functions.values(), "warming up", leave=False, disable=None):
+        for _ in range(warm_up):
+            function()
+    found = {name: [] for name in functions}
+    for _ in tqdm(range(rounds), "rounds", leave=False, disable=None):
+        for name, function in functions.items():
+            found[name].append(function())
+    return found
 
 
-def peak(args, choices, connection):
-    """In a process of its own: MB that a training step takes beyond weights, gradients and optimizer state."""
-    step = training_step(args, **choices)
-    step(torch.zeros(1, 2, dtype=torch.long, device="cuda" if torch.cuda.is_available() else "cpu"))  # makes all of these
-    if torch.cuda.is_available():
+def in_a_process(function, *arguments):
+    """function's result in a process of its own, whose peak memory is nobody else's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def peak(args, name, **choices):
+    """MB that a training step takes beyond weights, gradients and optimizer state."""
+    step = training_step(args, name, **choices)
+    step(torch.zeros(1, 2, dtype=torch.long, device=DEVICE))  # makes all of these
+    if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        connection.send((torch.cuda.max_memory_allocated() - before) / 2**20)
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        step()
-        connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def steps(args):
+    """For each row medians in seconds of forward, backward, step and generation, and the peak memory of a step in MB."""
+    names = [BASELINE, *args.variants]
+    times = alternating({name: training_step(args, name) for name in names}, args.rounds, warm_up=2)
+    result = {}
+    for name in names:
+        forward, backward, step = (statistics.median(t) for t in zip(*times[name], strict=True))
+        result[name] = dict(forward=forward, backward=backward, step=step)
+    if args.new_tokens:
+        times = alternating({name: generation(args, name) for name in names}, args.generations, warm_up=0)
+        for name in names:
+            result[name]["generation"] = statistics.median(times[name])
+    for name in tqdm(names, "memory", leave=False, disable=None) if args.peak else ():
+        result[name]["peak_mb"] = in_a_process(peak, args, name)
+    tokens, base = args.batch_size * args.block_size, result[args.variants[0]]
+    head = ["row", "forward, s", "backward, s", "step, s", f"over {args.variants[0]}", f"tokens/s over {BASELINE}"]
+    rows = [[name, f"{r['forward']:.3f}", f"{r['backward']:.3f}", f"{r['step']:.3f}", f"{r['step'] / base['step']:.2f}",
+             f"{result[BASELINE]['step'] / r['step']:.2f}"] for name, r in result.items()]  # fmt: skip
+    for key, title in dict(peak_mb="peak, MB", generation=f"{args.new_tokens} new tokens, s").items():
+        if key in base:
+            head.append(title)
+            for row in rows:
+                row.append(f"{result[row[0]][key]:.3g}")
+    print(f"{tokens:,} tokens a step\n\n" + markdown(head, rows))
+    return result
+
+
+def lengths(args):
+    """Microseconds per token of a training step, by variant and length, the tokens of a step being the same; a figure."""
+    result, tokens = {}, args.batch_size * args.block_size
+    for T in args.lengths:
+        sizes = argparse.Namespace(**vars(args) | dict(block_size=T, batch_size=max(1, tokens // T)))
+        steps = {name: training_step(sizes, name) for name in args.variants}
+        for name, times in alternating(steps, args.rounds, warm_up=2).items():
+            per_token = statistics.median(step for *_, step in times) / (sizes.batch_size * T)
+            result.setdefault(name, {})[T] = per_token * 1e6
+    print(
+        markdown(
+            ["microseconds per token", *args.lengths], [[name, *(f"{t:.1f}" for t in r.values())] for name, r in result.items()]
+        )
+    )
+    fig, ax = new_figure()
+    for i, (name, points) in enumerate(result.items()):
+        ax.plot(points.keys(), points.values(), marker="o", label=name, **line(i))
+    ax.set(xlabel="tokens in a sequence", ylabel="training step, microseconds per token", xscale="log", ylim=0)
+    ax.set_xticks(args.lengths, args.lengths)
+    ax.minorticks_off()
+    ax.set_title(f"{args.n_layer} layers, width {args.n_embd}, {tokens:,} tokens a step, {DEVICE} {args.dtype}")
+    ax.legend(ncols=2)
+    save(fig, os.path.splitext(args.out)[0] + "_lengths.png")
+    return result
 
 
 def memory(args):
     """Peak MB of activations by depth, for polyak on both sublayers, plain and reversible; a figure beside --out."""
-    context, result = multiprocessing.get_context("spawn"), {}
+    result = {}
     for reversible in (False, True):
         for n_layer in args.depths:
             choices = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=reversible, n_layer=n_layer)
-            here, there = context.Pipe()
-            process = context.Process(target=peak, args=(args, choices, there))
-            process.start()
-            result.setdefault("reversible" if reversible else "plain", {})[n_layer] = here.recv()
-            process.join()
+            points = result.setdefault("reversible" if reversible else "plain", {})
+            points[n_layer] = in_a_process(peak_of, args, choices)
     fig, ax = new_figure()
-    for name, points in result.items():
-        ax.plot(points.keys(), points.values(), marker="o", label=name)
+    for i, (name, points) in enumerate(result.items()):
+        ax.plot(points.keys(), points.values(), marker="o", label=name, **line(i))
         print(name, {n: round(mb) for n, mb in points.items()})
     ax.set(xlabel="layers", ylabel="peak activation memory of a step (MB)", ylim=0, xticks=args.depths)
-    ax.set_title(f"width {args.n_embd}, {args.batch_size} x {args.block_size} tokens", fontsize=10)
-    ax.legend(frameon=False)
+    ax.set_title(f"width {args.n_embd}, {args.batch_size} x {args.block_size} tokens")
+    ax.legend()
     save(fig, os.path.splitext(args.out)[0] + "_memory.png")
     return result
 
 
+def peak_of(args, choices):
+    return peak(args, "MHA", **choices)
+
+
+def correction(attn, x):
+    """
+    Of MHA2nd1st's attention at x, (1, T, C): |sum_j p_j s_j v_j| / |sum_j p_j v_j| for every head and position, (nh, T), and
+    for tau as learned and tau = 1 the share of weights p_j (1 + tau s_j) that are negative, of all that a position has.
+    """
+    q, k, v = (t[0].float() for t in attn.qkv(x))
+    T = attn.temperature
+    seen = causal(q[None], k[None])
+    p = (q @ k.mT / T).masked_fill(~seen, -math.inf).softmax(-1)
+    u = p @ k - q
+    s = (u @ k.mT - (u * (p @ k)).sum(-1, keepdim=True)) / T
+    size = ((p * s) @ v).norm(dim=-1) / (p @ v).norm(dim=-1)
+    return size, *(((1 + tau * s < 0) & seen).sum(-1) / seen.sum(-1) for tau in (attn.tau(), 1.0))
+
+
+@torch.no_grad()
+def taylor(args):
+    """
+    Does MHA2nd1st's Taylor correction stay small in long contexts? For the last eighth of the first T positions, T up to
+    block_size, means over layers, heads and --sequences validation windows; and the largest of any layer and head.
+    """
+    if not args.checkpoint:
+        raise UserError("bench taylor needs a checkpoint: give the out_dir of a run with --curvature=newton")
+    model, state = checkpoint.load_model(os.path.join(args.checkpoint, "best.pt"), DEVICE)
+    if model.config.curvature != "newton":
+        raise UserError(f"{args.checkpoint} has curvature={model.config.curvature}: train one with --curvature=newton")
+    split = Split(os.path.join(state["config"]["data_dir"], state["config"]["dataset"]), "val", model.config.block_size)
+    found = []  # (layers, 3, nh, T) of each sequence
+    for start in split.fixed(args.sequences):
+        seen = []
+
+        def look(attn, inputs, seen=seen):
+            seen.append(torch.stack(correction(attn, *inputs[:1])))
+
+        hooks = [block.attn.register_forward_pre_hook(look) for block in model.transformer.h]
+        model(torch.from_numpy(split.windows([start])[0]).to(DEVICE))
+        for hook in hooks:
+            hook.remove()
+        found.append(torch.stack(seen))
+    found, rows, result = torch.stack(found).mean(0), [], {}
+    for T in [T for T in args.lengths if T <= model.config.block_size]:
+        at = found[..., T - T // 8 : T].mean(-1)  # (layers, 3, nh)
+        size, negative, negative_1 = at.mean((0, 2)).tolist()
+        largest = at[:, 0].max().item()
+        result[T] = dict(size=size, largest=largest, negative=negative, negative_at_tau_1=negative_1)
+        rows.append([T, f"{size:.3f}", f"{largest:.3f}", f"{negative:.2%}", f"{negative_1:.2%}"])
+    tau = torch.cat([block.attn.tau().flatten() for block in model.transformer.h])
+    print(f"tau: mean {tau.mean():.3f}, from {tau.min():.3f} to {tau.max():.3f}\n")
+    print(markdown(["length", "|sum p s v| / |v̄|", "largest head", "negative weights", "negative at tau = 1"], rows))
+    return dict(model_config=state["model_config"], step=state["step"], tau=tau.tolist(), lengths=result)
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("steps", "memory"))
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("what", choices=("steps", "lengths", "memory", "taylor"))
+    parser.add_argument("checkpoint", nargs="?", help="taylor: the folder of a run")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="the first is what the others are compared with")
     parser.add_argument("--depths", nargs="+", type=int, default=[6, 12, 24, 48])
-    for size, value in dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=257, batch_size=16, rounds=9).items():
+    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096])
+    sizes = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=257, batch_size=16)
+    for size, value in (sizes | dict(rounds=9, new_tokens=0, generations=3, sequences=8)).items():
         parser.add_argument(f"--{size}", type=int, default=value)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", default="results/bench.jsonl", help="JSON that the result is added to")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=short_dtype(DEVICE))
+    parser.add_argument("--compile", action="store_true", help="compile the variants")
+    parser.add_argument("--peak", action="store_true", help="steps: measure peak memory, a process for each row")
+    parser.add_argument("--out", default="results/bench.jsonl", help="JSON lines that the result is added to")
     args = parser.parse_args(arguments)
+    if unknown := set(args.variants) - set(VARIANTS):
+        raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    result = dict(what=args.what, arguments=vars(args), result=dict(steps=steps, memory=memory)[args.what](args))
+    result = dict(steps=steps, lengths=lengths, memory=memory, taylor=taylor)[args.what](args)
+    made = checkpoint.made_with(DEVICE) | dict(threads=torch.get_num_threads())
     with open(args.out, "a") as file:
-        file.write(json.dumps(result) + "\n")
+        file.write(json.dumps(dict(what=args.what, arguments=vars(args), made_with=made, result=result)) + "\n")
 
 
 if __name__ == "__main__":
