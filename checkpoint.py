@@ -26,15 +26,20 @@ def save(folder, state, best):
     one before stays as ckpt_prev.pt. If state is the best so far, best.pt is the same file. Raises UserError if it cannot.
     """
     latest, previous, best_one = (os.path.join(folder, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt"))
-    try:
+
+    def keep(new):  # now that it is whole and on the disk
+        if best:
+            duplicate(new, best_one)
         if os.path.exists(latest):
             duplicate(latest, previous)
-        with replacing(best_one if best else latest) as file:
+
+    try:
+        with replacing(latest, keep) as file:
             torch.save(state, file)
-        if best:
-            duplicate(best_one, latest)
-    except (OSError, RuntimeError) as error:  # torch hides what the disk said
-        reason = getattr(error, "strerror", None) or "the disk may be full"
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or "the disk may be full"  # torch hides what the disk said
         raise UserError(
             f"cannot write {latest}: {reason}; the checkpoints there are whole. Free some space or choose another --out_dir"
         ) from None
@@ -43,9 +48,9 @@ def save(folder, state, best):
 def duplicate(path, to):
     """Let `to` take the place of what it was as a second name of the file at path; a copy where there are no hard links."""
     temporary = f"{to}.link"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
         os.link(path, temporary)
         os.replace(temporary, to)
     except OSError:
@@ -76,7 +81,7 @@ def load(path, device="cpu"):
     is whole and safe, to load.
     """
     path, previous = str(path), str(path).replace("ckpt.pt", "ckpt_prev.pt")
-    offer = f"; the one before is kept: cp {previous} {path}" if previous != path and os.path.exists(previous) else ""
+    offer = f"; the one before is kept: mv {previous} {path}" if previous != path and os.path.exists(previous) else ""
     if not os.path.exists(path):
         train = f"train one with python train.py --out_dir={os.path.dirname(path)}"
         raise UserError(f"no checkpoint at {path}{offer or f': {train}'}")
@@ -90,6 +95,10 @@ def load(path, device="cpu"):
             config = asdict(GPTConfig(**state["model_args"]))
             state = dict(model=weights, model_config=config, tokenizer="gpt2", step=state["iter_num"])
         state["model"].keys(), state["model_config"].keys(), state["tokenizer"].encode()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
     except Exception as error:  # bytes that are no checkpoint can make the unpickler raise anything
         raise UserError(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}){offer}") from None
     return state

@@ -43,14 +43,18 @@ def get_tokenizer(name):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A binary file that takes the place of path when the block ends well: complete or not at all, and on the disk."""
+def replacing(path, before=lambda temporary: None):
+    """
+    A binary file that takes the place of path when the block ends well: complete or not at all, and on the disk. Just before
+    it does, before() is called with the name that it has until then.
+    """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        before(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -176,7 +180,7 @@ class Split:
     def windows(self, starts):
         """inputs, targets: int64, (len(starts), block_size)."""
         rows = np.stack([self.read(start, self.block_size + 1) for start in starts]).astype(np.int64)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1].copy(), rows[:, 1:].copy()  # each in one piece, as pinned memory has to be
 
     def batch(self, samples):
         """The training windows with these numbers in the endless order."""

@@ -31,6 +31,17 @@ from test_train import ROOT, TINY, assert_same_tensors, fit, losses
 STEPS = dict(max_iters=20, eval_interval=8, lr_decay_iters=20)
 
 
+started = []  # processes
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    while started:
+        started[-1].kill()
+        started.pop().wait()
+
+
 def flags(data, out_dir, **knobs):
     return [f"--{k}={v}" for k, v in (TINY | dict(data_dir=data, dataset="squares", out_dir=out_dir) | knobs).items()]
 
@@ -38,8 +49,10 @@ def flags(data, out_dir, **knobs):
 def start(*arguments, before="", **env):
     """train.py in a process of its own, which runs the Python text `before` first."""
     code = f"import os, signal, sys, time, torch, train\n{before}\ntrain.cli(train.main)"
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=os.environ | env, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=os.environ | env, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    started.append(process)
+    return process
 
 
 def two(*arguments, before="", **env):
@@ -112,13 +125,24 @@ def test_a_crash_between_any_two_operations_of_a_save(tmp_path, monkeypatch, bes
                 crashed = True
         steps = {name: checkpoint.load(folder / name)["step"] for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt")}
         assert steps["ckpt.pt"] in (2, 3) and steps["best.pt"] in ((1, 3) if best else (1,))
-        assert steps["ckpt_prev.pt"] in (1, 2)
+        assert steps["ckpt_prev.pt"] in (1, 2) and (steps["ckpt.pt"] == 2 or steps["ckpt_prev.pt"] == 2)
         checkpoint.save(folder, state | dict(step=4), best=False)
         assert checkpoint.load(folder / "ckpt.pt")["step"] == 4
         if not crashed:
             assert (steps["ckpt.pt"], steps["ckpt_prev.pt"]) == (3, 2) and crash_at > 5
             assert sorted(os.listdir(folder)) == ["best.pt", "ckpt.pt", "ckpt_prev.pt"]
             return
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: calls.append((name, *args)) or real(*args))
+    state = dict(model={}, model_config={}, tokenizer="bytes")
+    checkpoint.save(tmp_path, state, best=True)
+    assert [call[0] for call in calls] == ["fsync", "replace", "replace", "fsync"]  # the file, best.pt, ckpt.pt, the folder
+    assert calls[2][2] == os.path.join(tmp_path, "ckpt.pt")
 
 
 def test_killed_while_a_checkpoint_is_written(data, whole, tmp_path):
@@ -190,11 +214,15 @@ def test_a_signal_ends_the_step_and_saves(data, whole, tmp_path, monkeypatch, ca
     assert_same_run(tmp_path, data, whole)
 
 
+# without returning to Python, as in waiting for other processes
+HANGS = "train.learning_rate = lambda *_: torch.distributed.TCPStore('127.0.0.1', 0, 2, True)"
+
+
 def test_a_signal_from_outside_and_a_second_one(data, tmp_path):
     """The first ends a run with exit code 0; in a step that never ends it does nothing yet, and a later one kills."""
-    knobs = STEPS | dict(max_iters=100_000, eval_interval=50_000)
+    knobs = STEPS | dict(max_iters=9_000, eval_interval=9_000)
     process = start(*flags(data, tmp_path / "one", **knobs))
-    hangs = start(*flags(data, tmp_path / "two", **knobs), before="train.learning_rate = lambda *_: time.sleep(100)")
+    hangs = start(*flags(data, tmp_path / "two", **knobs), before=HANGS)
     wait_for_lines(tmp_path / "one", 5, process)
     wait_for_lines(tmp_path / "two", 1, hangs)
     for each in (process, hangs):
@@ -205,7 +233,7 @@ def test_a_signal_from_outside_and_a_second_one(data, tmp_path):
     time.sleep(1.2)
     assert hangs.poll() is None
     hangs.send_signal(signal.SIGTERM)
-    assert hangs.wait(5) == -signal.SIGTERM and "stopping after this step" in hangs.stderr.read()
+    assert hangs.wait(5) == 128 + signal.SIGTERM and "stopping after this step" in hangs.stderr.read()
 
 
 @pytest.mark.slow
@@ -230,11 +258,12 @@ def test_a_signal_to_one_of_two_processes(data, tmp_path):
 def test_torchrun_passes_a_signal_on(data, tmp_path):
     """Ctrl-C reaches the processes from the terminal and from torchrun: one checkpoint all the same."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    command += flags(data, tmp_path, **STEPS | dict(max_iters=100_000, eval_interval=50_000))
+    command += flags(data, tmp_path, **STEPS | dict(max_iters=9_000, eval_interval=9_000))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    started.append(process)
     wait_for_lines(tmp_path, 10, process)
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(60)
+    assert process.wait(60) == 1  # torchrun's own
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] >= 9
 
 
@@ -316,6 +345,34 @@ def test_a_spike_is_seen_across_a_resume(data, tmp_path, monkeypatch):
         fit(data, tmp_path, init_from="resume", on_spike="stop", **STEPS)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_float16_overflow_skips_the_update(data, tmp_path, monkeypatch, optimizer):
+    """By all optimizers, halves the scale, and the run goes on."""
+    updates, kinds = [], (torch.optim.AdamW, torch.optim.Muon)
+    for kind in kinds:
+        step = kind.step
+        monkeypatch.setattr(kind, "step", lambda self, *a, step=step, **k: updates.append(type(self)) or step(self, *a, **k))
+    spoil(monkeypatch, [13], gradient=lambda g: g * math.inf)
+    state, metrics = fit(data, tmp_path, dtype="float16", optimizer=optimizer, **STEPS)
+    assert [updates.count(kind) for kind in kinds] == [19, 19 if optimizer == "muon" else 0]
+    assert state["scaler"]["scale"] == 2**15 and state["scaler"]["_growth_tracker"] == 6
+    assert metrics[-1]["val_loss"] < 4
+
+
+def test_the_best_checkpoint_is_the_best_across_a_resume(data, tmp_path, monkeypatch):
+    """The rate is ruinous from step 8 on, so what follows is worse."""
+    monkeypatch.setattr(train, "learning_rate", lambda step, cfg: 1e-2 if step < 8 else 0.3)
+    whole, metrics = fit(data, tmp_path / "whole", **STEPS)
+    fit(data, tmp_path / "parts", **STEPS | dict(max_iters=16))
+    parts, resumed = fit(data, tmp_path / "parts", init_from="resume", **STEPS)
+    assert losses(resumed) == losses(metrics) and parts["best_loss"] == whole["best_loss"]
+    for folder in ("whole", "parts"):
+        best = checkpoint.load(tmp_path / folder / "best.pt")
+        assert best["step"] == 8 and best["best_loss"] == whole["best_loss"] < metrics[-1]["val_loss"]
+    seconds = [line["seconds"] for line in resumed]
+    assert seconds == sorted(seconds)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # several processes
 
@@ -340,13 +397,12 @@ def test_nan_on_one_process_stops_both(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, seconds", [(signal.SIGKILL, 5), (signal.SIGSTOP, 15)])
 def test_a_dead_or_silent_process_ends_the_other(data, tmp_path, number, seconds):
-    pair = two(*flags(data, tmp_path, **STEPS | dict(max_iters=100_000, eval_interval=50_000, timeout=8)))
+    pair = two(*flags(data, tmp_path, **STEPS | dict(max_iters=9_000, eval_interval=9_000, timeout=8)))
     wait_for_lines(tmp_path, 10, pair[0])
     pair[1].send_signal(number)
     began = time.time()
     assert pair[0].wait(60) == 1 and time.time() - began < seconds
     assert "another process ended or did not answer within timeout=8 seconds" in pair[0].stderr.read()
-    pair[1].kill()
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 0
 
 
@@ -406,11 +462,11 @@ def test_a_broken_checkpoint_is_never_a_fresh_start(data, tmp_path):
             (tmp_path / "ckpt.pt").write_bytes(broken)
         for main, arguments in ((train.main, flags(data, tmp_path, init_from="resume", **STEPS)),
                                 (sample.main, [f"--out_dir={tmp_path}", "--ckpt=ckpt.pt"])):  # fmt: skip
-            with pytest.raises(UserError, match=f"cp {tmp_path}/ckpt_prev.pt {tmp_path}/ckpt.pt"):
+            with pytest.raises(UserError, match=f"mv {tmp_path}/ckpt_prev.pt {tmp_path}/ckpt.pt"):
                 main(arguments)
         assert not (tmp_path / "ckpt.pt").exists() or (tmp_path / "ckpt.pt").read_bytes() == broken
         (tmp_path / "ckpt.pt").touch()
-    shutil.copy(tmp_path / "ckpt_prev.pt", tmp_path / "ckpt.pt")  # as the message says
+    os.replace(tmp_path / "ckpt_prev.pt", tmp_path / "ckpt.pt")  # as the message says
     assert fit(data, tmp_path, init_from="resume", **STEPS)[0]["step"] == 20
 
 
@@ -440,7 +496,7 @@ def test_a_checkpoint_says_what_differs(data, trained, tmp_path):
     for knobs, words in (
         (dict(variant="NagMHA", n_embd=64), ["n_embd=32, not 64", "variant=MHA, not NagMHA", "momentum=none, not nesterov"]),
         (dict(vocab_size=300), ["vocab_size=257, not 300"]),
-        (dict(batch_size=2), ["batch_size * gradient_accumulation_steps=8, not 4"]),
+        (dict(batch_size=2), ["gradient_accumulation_steps=8, not 4", "batch_size * eval_iters=8, not 4"]),
         (dict(seed=1), ["seed=1337, not 1"]),
         (dict(optimizer="muon"), ["optimizer=adamw, not muon"]),
         (dict(data_dir=tmp_path, dataset="other"), ["data="]),
@@ -448,7 +504,7 @@ def test_a_checkpoint_says_what_differs(data, trained, tmp_path):
         with pytest.raises(UserError) as error:
             fit(data, tmp_path / "run", **same | knobs)
         assert all(word in str(error.value) for word in words) and len(str(error.value)) < 600
-    state, _ = fit(data, tmp_path / "run", **same, batch_size=8, gradient_accumulation_steps=1, max_iters=61)
+    state, _ = fit(data, tmp_path / "run", **same, batch_size=8, gradient_accumulation_steps=1, eval_iters=1, max_iters=61)
     assert state["step"] == 61
 
 
@@ -527,7 +583,7 @@ def test_large_data_is_verified_by_sample_or_whole(squares, tmp_path, monkeypatc
 
 def test_disk_full(data, whole, tmp_path):
     """A limit on the size of files stands for it: the checkpoint doesn't fit, or a line of metrics doesn't."""
-    fit(data, tmp_path, **STEPS | dict(max_iters=8))
+    fit(data, tmp_path, **STEPS | dict(max_iters=8))  # saved at 0 and 8
     kept = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
     for limit in ((tmp_path / "ckpt.pt").stat().st_size // 2, (tmp_path / "metrics.jsonl").stat().st_size + 100):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -536,7 +592,8 @@ def test_disk_full(data, whole, tmp_path):
                 train.main(flags(data, tmp_path, init_from="resume", **STEPS))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        assert kept[tmp_path / "ckpt.pt"] == (tmp_path / "ckpt.pt").read_bytes() and not list(tmp_path.glob("*.tmp"))
+        assert kept == {path: path.read_bytes() for path in tmp_path.glob("*.pt")} and len(kept) == 3
+        assert len(list(tmp_path.iterdir())) == 4
     assert_same_run(tmp_path, data, whole)
 
 
@@ -568,7 +625,7 @@ def test_out_of_memory(data, tmp_path):
     process = start(*flags(data, tmp_path, n_embd=2048, batch_size=20_000, eval_iters=1, **STEPS), before=limit)
     assert process.wait(120) == 1
     error = process.stderr.read()
-    assert "error: out of memory: lower batch_size=20000 and raise gradient_accumulation_steps=2" in error
+    assert "error: out of memory: lower batch_size=20000 and raise gradient_accumulation_steps=2, eval_iters=1" in error
     assert "Traceback" not in error
 
 

@@ -85,7 +85,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(data, tmp_path, choi
     assert_same_tensors(parts["model"], whole["model"])
     for mine, theirs in zip(parts["optimizers"], whole["optimizers"], strict=True):
         assert_same_tensors(mine["state"], theirs["state"])
-    assert losses(metrics) == losses(expected)
+    assert parts["scaler"] == whole["scaler"] and losses(metrics) == losses(expected)
 
 
 @pytest.mark.slow
@@ -116,6 +116,7 @@ def test_eval_only(data, trained, tmp_path):
         last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["val_loss"] == pytest.approx(donor["best_loss"], rel=1e-3)
     assert not (tmp_path / "new" / "ckpt.pt").exists()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 63  # the run's own and one more
 
 
 def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys):
@@ -339,6 +340,9 @@ def test_readme_commands(tmp_path):
     small = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=1 --eval_interval=2 --max_iters=2"
     extra = {"train.py": small, "sample.py": "--max_new_tokens=5", "lis": "--documents=2000"}
     extra |= {"minipile": f"--source={shared / 'tinystories-sample'}", "resume": "--max_iters=4", "compare": f"-- {small}"}
+    extra |= {"glue": f"--source={shared / 'glue'} --limit=64 --epochs=1 --tasks rte", "evaluate": f"--data={shared} --limit=2"}
+    extra |= {"toy": "--steps=10 --seeds=1", "sharpness": "--batches=1 --probes=2 --iterations=2"}
+    extra |= {"bench": "--variants MHA --n_layer=1 --n_embd=12 --block_size=16 --rounds=1"}
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     assert len(commands) > 12

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import resource
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import guard
 from configurator import UserError, cli, parse
 from data import Split, fingerprint, replacing, verify
 from model import GPT, GPTConfig, Scalar
@@ -211,9 +211,10 @@ def train(cfg, signals=()):
     if cfg.init_from == "resume":
         state = checkpoint.load(latest)
         with checkpoint.fitting(latest):
-            then, product = state["config"], "batch_size * gradient_accumulation_steps"
-            here = asdict(cfg) | {"data": fingerprint(meta), product: cfg.batch_size * cfg.gradient_accumulation_steps}
-            there = {"data": state["data"], product: then["batch_size"] * then["gradient_accumulation_steps"]}
+            then = state["config"]
+            here, there = asdict(cfg) | dict(data=fingerprint(meta)), dict(data=state["data"])
+            for k in ("gradient_accumulation_steps", "eval_iters"):  # what a step, and an evaluation, are made of
+                here[f"batch_size * {k}"], there[f"batch_size * {k}"] = (c["batch_size"] * c[k] for c in (here, then))
             there |= {k: then[k] for k in ("optimizer", "seed")} | state["model_config"]
             # surgery may have made another model than the configuration says: either is right
             differs = [f"{k}={v}, not {here[k]}" for k, v in there.items() if here[k] not in (v, then.get(k, v))]
@@ -263,7 +264,7 @@ def train(cfg, signals=()):
     if master:
         try:
             os.makedirs(cfg.out_dir, exist_ok=True)
-            metrics = open_metrics(os.path.join(cfg.out_dir, "metrics.jsonl"), start)
+            metrics = open_metrics(os.path.join(cfg.out_dir, "metrics.jsonl"), math.inf if cfg.eval_only else start)
         except OSError as error:
             raise UserError(f"cannot write to out_dir={cfg.out_dir}: {error.strerror}; choose another --out_dir") from None
         if cfg.logger:
@@ -305,7 +306,7 @@ def train(cfg, signals=()):
 
     @torch.no_grad()
     def evaluate():
-        """Mean loss over the validation windows, in nats per token."""
+        """Mean loss over the validation windows, in nats per token, and whether a signal came."""
         model.eval()
         total, count = 0.0, 0
         for i in range(0, len(windows), cfg.batch_size):
@@ -314,26 +315,28 @@ def train(cfg, signals=()):
                 total += float(model(x, y)[1]) * len(x)
             count += len(x)
         model.train()
-        total, count = over_processes(total, count)
-        return total / count
+        total, count, stopping = over_processes(total, count, len(signals))
+        return total / count, stopping
 
     # the loop
     def stop(step, what):
         bar.close()
+        log(step=step, stopped=what)
+        kept = "there is no checkpoint yet" if saved is None else f"{latest} is as it was after {saved} steps"
         raise UserError(
-            f"step {step}: {what}: stopped before the update. {latest} is as it was after {saved} steps: "
+            f"step {step}: {what}: stopped before the update. {kept}: "
             "go on with --init_from=resume, a lower learning_rate and a longer warmup_iters"
         )
 
     model.train()
     began, clock, clock_step = time.time() - seconds, time.time(), start
-    saved, stopping = start, False
+    saved, stopping = start or None, False
     for step in range(start, cfg.max_iters + 1):
         due = step % cfg.eval_interval == 0 or step == cfg.max_iters
         evaluating = cfg.eval_only or (due and not step == start > 0)  # a resumed run has evaluated where it starts
         best = False
         if evaluating:
-            loss = evaluate()
+            loss, stopping = evaluate()
             if not (math.isfinite(loss) or cfg.eval_only):
                 stop(step, f"the validation loss is {loss}")
             bits = loss / math.log(2) * sum(s["tokens"] for s in meta["shards"]["val"]) / meta["bytes"]["val"]
@@ -361,7 +364,7 @@ def train(cfg, signals=()):
             checkpoint.save(cfg.out_dir, state, best)
         if evaluating:
             saved, clock, clock_step = step, time.time(), step
-        if stopping:
+        if stopping and step < cfg.max_iters:
             say(f"stopped by a signal after {step} steps: go on with --init_from=resume")
         if step == cfg.max_iters or stopping or cfg.eval_only:
             break
@@ -414,7 +417,7 @@ def train(cfg, signals=()):
                 peak = next((f for card, f in PEAK_FLOPS.items() if card in torch.cuda.get_device_name()), None)
                 record |= dict(mfu=speed * flops_per_token / (peak * world)) if peak and dtype != "float32" else {}
             else:
-                record |= dict(memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+                record |= dict(memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
             log(step=step, tokens=(step + 1) * tokens_per_step, **record)
             say(f"step {step:6d}: loss {loss:.4f}, {speed:,.0f} tokens/s")
 
@@ -426,7 +429,7 @@ def train(cfg, signals=()):
 
 
 def open_metrics(path, step):
-    """metrics.jsonl, open to append to, without what a run resumed at `step` writes again: later steps, half a line."""
+    """metrics.jsonl, open to append to, without what a run that starts at `step` writes again: later steps, half a line."""
     kept = []
     if step and os.path.exists(path):
         with open(path, "rb") as file:
@@ -439,51 +442,10 @@ def open_metrics(path, step):
     return open(path, "a")
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """
-    While this lasts, SIGTERM, SIGINT and SIGUSR1 only add to the list that it yields, and a second one ends the process at
-    once. What comes within a second is one signal: torchrun repeats those that a terminal has sent to all processes.
-    """
-    caught = []
-
-    def catch(number, frame):
-        if caught and time.monotonic() - caught[0] > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        if not caught:
-            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
-        caught.append(time.monotonic())
-
-    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def main(arguments):
     cfg = parse(Config, arguments)
-    try:
-        with stop_signals() as signals:
-            train(cfg, signals)
-    except (RuntimeError, MemoryError, OSError) as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-            reason = (
-                f"out of memory: lower batch_size={cfg.batch_size} and raise gradient_accumulation_steps="
-                f"{cfg.gradient_accumulation_steps} by the same factor, which trains the same"
-            )
-        elif isinstance(error, OSError):
-            reason = f"{text}: free some space or choose another --out_dir, and go on with --init_from=resume"
-        elif "gloo" in text or "NCCL" in text:
-            reason = (
-                f"another process ended or did not answer within timeout={cfg.timeout} seconds: go on with --init_from=resume"
-            )
-        else:
-            raise
-        raise UserError(reason) from None
+    with guard.plain_errors(cfg), guard.stop_signals() as signals:
+        train(cfg, signals)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ What each variant costs, beside nanoGPT's way of running the baseline.
     python -m experiments.bench taylor out/newton                               size of MHA2nd1st's correction by length
 
 What is compared alternates in one process and is given as medians, since times on a busy machine wander together. Peak
-memory is that of a process of its own. The row nanoGPT is the model MHA as github.com/karpathy/nanoGPT runs it: on a CPU
-float32, not compiled and AdamW not fused, on CUDA bfloat16, compiled and fused; generation without a cache on both.
+memory is that of a process of its own. The first row is the model MHA as github.com/karpathy/nanoGPT runs it: on a CPU float32,
+not compiled and AdamW not fused, on CUDA bfloat16, compiled and fused; generation without a cache on both.
 Results are added to --out, one JSON object a line.
 """
 
@@ -33,7 +33,8 @@ from model import GPT, VARIANTS, GPTConfig, causal
 from train import short_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BASELINE = "nanoGPT"
+torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
+BASELINE = "MHA as nanoGPT runs it"
 
 
 def build(args, name, **choices):
@@ -82,6 +83,7 @@ def generation(args, name):
     model.eval()
 
     @torch.no_grad()
+    @torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
     def generate():
         idx, start = torch.zeros(1, 1, dtype=torch.long, device=DEVICE), synchronized()
         if name != BASELINE:
@@ -144,7 +146,7 @@ def steps(args):
     for name in tqdm(names, "memory", leave=False, disable=None) if args.peak else ():
         result[name]["peak_mb"] = in_a_process(peak, args, name)
     tokens, base = args.batch_size * args.block_size, result[args.variants[0]]
-    head = ["row", "forward, s", "backward, s", "step, s", f"over {args.variants[0]}", f"tokens/s over {BASELINE}"]
+    head = ["row", "forward, s", "backward, s", "step, s", f"over {args.variants[0]}", "tokens/s over nanoGPT's way"]
     rows = [[name, f"{r['forward']:.3f}", f"{r['backward']:.3f}", f"{r['step']:.3f}", f"{r['step'] / base['step']:.2f}",
              f"{result[BASELINE]['step'] / r['step']:.2f}"] for name, r in result.items()]  # fmt: skip
     for key, title in dict(peak_mb="peak, MB", generation=f"{args.new_tokens} new tokens, s").items():

@@ -37,7 +37,7 @@ import train
 from configurator import UserError, cli, parse
 from data import read_meta
 from experiments.plot import enlarge_end, new_figure, read_metrics, save
-from experiments.records import markdown, mean_sd, write
+from experiments.records import made, markdown, mean_sd, write
 from model import GPT, GPTConfig
 
 UNITS = ("steps", "tokens", "seconds")
@@ -91,18 +91,24 @@ def progress(folder, cfg):
     return state["step"] if there == asdict(cfg) else None
 
 
+def diverged(folder):
+    """Whether train.py gave the run up because its loss wasn't finite, or on a spike."""
+    path = os.path.join(folder, "metrics.jsonl")
+    return os.path.exists(path) and "stopped" in read_metrics(path)[-1]
+
+
 def run(command, folder, threads):
     """One run of train.py in a process of its own, or what is left of it; its output in FOLDER.log. Raises UserError."""
     cfg = parse(train.Config, command)
     step = progress(folder, cfg)
-    if step == cfg.max_iters:
+    if step == cfg.max_iters or (step is not None and diverged(folder)):
         return
     resume = [] if step is None else ["--init_from=resume"]
     with open(f"{folder}.log", "a" if resume else "w") as log:
         done = subprocess.run([sys.executable, train.__file__, *command, *resume], stdout=log, stderr=log,
                               env=os.environ | dict(OMP_NUM_THREADS=str(threads)))  # fmt: skip
-    if done.returncode:
-        raise UserError(f"the run failed, see {folder}.log: python train.py {shlex.join(command)}")
+    if progress(folder, cfg) != cfg.max_iters and not (done.returncode and diverged(folder)):
+        raise UserError(f"the run failed or was stopped, see {folder}.log: python train.py {shlex.join(command)}")
 
 
 def run_all(commands, jobs):
@@ -137,7 +143,10 @@ def read_run(command):
     records, path = read_metrics(cfg.out_dir), os.path.join(cfg.out_dir, "ckpt.pt")
     state = checkpoint.load(path)
     config = GPTConfig(**state["model_config"])
-    return state["made_with"] | dict(
+    validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+    if diverged(cfg.out_dir):
+        validation.append((cfg.max_iters, math.inf))
+    return state.get("made_with", {}) | dict(
         command=shlex.join(["python", "train.py", *command]),
         date=datetime.date.fromtimestamp(os.path.getmtime(path)).isoformat(),
         steps=cfg.max_iters,
@@ -148,7 +157,7 @@ def read_run(command):
         n_embd=config.n_embd,
         parameters=count(config),
         training=[(r["step"], r["train_loss"]) for r in records if "train_loss" in r],
-        validation=[(r["step"], r["val_loss"]) for r in records if "val_loss" in r],
+        validation=validation,
     )
 
 
@@ -158,9 +167,8 @@ def final(runs):
 
 
 def best_rate(by_rate):
-    """Of {rate: runs} the rate with the least mean final loss; one that diverged is the worst."""
-    means = {rate: statistics.mean(final(runs)) for rate, runs in by_rate.items()}
-    return min(means, key=lambda rate: math.inf if math.isnan(means[rate]) else means[rate])
+    """Of {rate: runs} the rate with the least mean final loss; that of a run that diverged is infinite."""
+    return min(by_rate, key=lambda rate: statistics.mean(final(by_rate[rate])))
 
 
 def curve(runs, kind, unit):
@@ -187,8 +195,11 @@ def p_value(losses, base):
 
 
 def at_best(data):
-    """{system: its runs at its best rate}. data: the content of NAME.json."""
-    return {system: rates[best_rate(rates)] for system, rates in data["systems"].items()}
+    """{system: its runs at its best rate}. data: what NAME.json holds. Raises UserError if a system diverged at all rates."""
+    best = {system: rates[best_rate(rates)] for system, rates in data["systems"].items()}
+    if lost := [system for system, runs in best.items() if math.inf in final(runs)]:
+        raise UserError(f"{', '.join(lost)} diverged at every learning rate: lower them")
+    return best
 
 
 NOTES = """
@@ -197,7 +208,7 @@ mean. Tokens/s: median over logged steps, {jobs} run(s) at a time. GB: peak memo
 loss to the mean of the ten logged before it. The last three columns are numbers of parameters.
 
 p: two-sided paired t-test over the seeds, n = {n}, not corrected for the number of systems. So few seeds have little power:
-a large p does not say that two systems are equal.
+a large p does not say that two systems are equal. There is no p where a rate was chosen by these same losses.
 
 """
 
@@ -210,7 +221,8 @@ def report(data):
     head = ["system", "loss", f"minus {base}'s, seed by seed", "p", "steps", f"{unit} to {base}'s loss", "tokens/s", "GB"]
     rows = []
     for system, runs in systems.items():
-        first, losses, p = runs[0], final(runs), p_value(final(runs), final(of_base))
+        first, losses = runs[0], final(runs)
+        p = p_value(losses, final(of_base)) if len(rates) == 1 else None  # the rates were chosen by these losses
         differences = [a - b for a, b in zip(losses, final(of_base), strict=True)]
         at = reach(curve(runs, "validation", unit), curve(of_base, "validation", unit)[-1][1])
         rows.append([
@@ -222,9 +234,10 @@ def report(data):
             f"{max(run['memory_gb'] for run in runs):.2f}", f"{max(run['spike'] for run in runs):.2f}",
             *(f"{number:,}" for number in first["parameters"].values()),
         ])  # fmt: skip
+    budget = of_base[0]["steps"] * of_base[0]["per_step"][unit]
     text = (
         f"`{data['command']}`\n\n"
-        f"Validation loss in nats per token of {cfg['dataset']} after {data['budget'][1]:,.0f} {unit} of training, mean ±\n"
+        f"Validation loss in nats per token of {cfg['dataset']} after {budget:,.0f} {unit} of training, mean ±\n"
         f"standard deviation over seeds {seeds}. {cfg['n_layer']} layers, width {cfg['n_embd']}, context {cfg['block_size']}, "
         f"{of_base[0]['per_step']['tokens']:,} tokens a step.\n\n"
         + markdown([*head, "spike", "embedding", "layers", "scalars"], rows)
@@ -235,8 +248,7 @@ def report(data):
         text += f"Of {len(rates)} learning rates each system has its best above, chosen by the mean of these same losses:\n\n"
         text += markdown(["rate", *systems], losses) + "\n"
     dates = [run["date"] for run in every]
-    made = {", ".join(f"{k} {run[k] or 'unknown'}" for k in ("hardware", "torch", "commit")) for run in every}
-    return text + f"Made {min(dates)} to {max(dates)}: {'; '.join(sorted(made))}.\n"
+    return text + f"Made {min(dates)} to {max(dates)}: {made(every)}.\n"
 
 
 def draw(data, path):
@@ -286,6 +298,8 @@ def main(arguments):
             command += [f"--max_iters={max(1, round(value / a_step))}", "--lr_decay_iters=None"]
 
     # the runs
+    if len({cfg.eval_iters * cfg.batch_size for cfg in (parse(train.Config, command) for command in commands.values())}) > 1:
+        raise UserError("the systems evaluate on different windows: let eval_iters * batch_size be the same for all")
     systems, work = {}, {}
     for system, command in commands.items():
         cfg = parse(train.Config, command)

@@ -37,7 +37,7 @@ import checkpoint
 import train
 from configurator import UserError, cli
 from data import get_tokenizer, sha256
-from experiments.records import find, markdown, mean_sd, read, write
+from experiments.records import find, made, markdown, mean_sd, read, write
 
 # A task's official metrics, which its score in the average is the mean of.
 TASKS = dict(cola=("Matthews",), sst2=("accuracy",), mrpc=("F1", "accuracy"), stsb=("Pearson", "Spearman"),
@@ -229,6 +229,7 @@ def main(arguments):
     splits = {task: load(args.source, task) for task in args.tasks}
 
     rows, cut = {"majority class": {task: [chance(task, *splits[task])] for task in args.tasks}}, {}
+    shown = []
     for (task, data), (folder, system) in itertools.product(splits.items(), systems.items()):
         name, encoded = f"`{folder}`, {system['variant']}, {system['step']:,} steps", None
         for seed in args.seeds:
@@ -244,6 +245,7 @@ def main(arguments):
                 print(f"{folder} {task} {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["scores"].items()))
             rows.setdefault(name, {}).setdefault(task, []).append(record["scores"])
             cut[task] = record["cut"]
+            shown.append(record)
 
     text = "\n".join([
         f"`python -m experiments.glue {shlex.join(arguments)}`\n",
@@ -253,7 +255,7 @@ def main(arguments):
         + f" training examples, {args.batch_size} a step, learning rate {args.learning_rate:g}, weight decay "
         f"{args.weight_decay:g}, dropout {args.dropout:g}. Training examples cut to the context: "
         + ", ".join(f"{task} {share:.1%}" for task, share in cut.items())
-        + f". {record['hardware']}, torch {record['torch']}, code {record['commit']}.\n",
+        + f". Made on {made(shown)}.\n",
         table(rows, args.tasks),
     ])  # fmt: skip
     write(os.path.splitext(args.out)[0] + ".md", text)

@@ -1,6 +1,7 @@
 """What experiments keep: finished pieces of work as JSON, so that none is done twice, and numbers with their spread."""
 
 import json
+import math
 import os
 import statistics
 
@@ -35,7 +36,9 @@ def find(records, identity):
 
 
 def mean_sd(values, form=".4f", sd=None):
-    """Mean ± standard deviation, which a single value doesn't have. form, sd: how they are written."""
+    """Mean ± standard deviation, which a single value doesn't have. form, sd: how they are written. inf: it diverged."""
+    if math.inf in values:
+        return "diverged"
     mean = f"{statistics.mean(values):{form}}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{sd or form.lstrip('+')}}"
 
@@ -45,3 +48,9 @@ def markdown(head, rows):
     return (
         "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *rows)) + "\n"
     )
+
+
+def made(records):
+    """Where and with what all of these records were made, by their made_with() items, as one line."""
+    about = {", ".join(f"{k} {r.get(k) or 'unknown'}" for k in ("hardware", "torch", "commit")) for r in records}
+    return "; ".join(sorted(about))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import checkpoint
 from configurator import UserError, cli
 from data import Split, read_meta, sha256
-from experiments.records import find, markdown, mean_sd, read, write
+from experiments.records import find, made, markdown, mean_sd, read, write
 from model import GPTConfig
 
 
@@ -120,7 +120,7 @@ def measure(path, args, device, step):
     return dict(
         system=system(state["model_config"]),
         model_config=state["model_config"],
-        dataset=cfg["dataset"],
+        training={k: v for k, v in cfg.items() if k not in ("seed", "out_dir")},
         run_seed=cfg["seed"],
         step=state["step"],
         tokens=sum(x.numel() for x, _ in batches),
@@ -142,14 +142,14 @@ def table(records, args):
         f"Hessian of the loss on {args.batches} x {args.batch_size} windows ({first['tokens']:,} tokens) of the {args.split} "
         f"split, all parameters, float32, no dropout. Trace: Hutchinson's estimate ± standard error over {args.probes} "
         f"random signs; largest eigenvalue: after {args.iterations} Lanczos iterations, with its relative change in the last "
-        f"one; seed {args.seed}. {first['hardware']}, torch {first['torch']}, code {first['commit']}.\n\n"
+        f"one; seed {args.seed}. Measured on {made(records)}.\n\n"
     )
     rows, systems = [], defaultdict(list)
     for r in records:
         rows.append([r["run"], r["system"], r["run_seed"], f"{r['step']:,}", f"{r['loss']:.4f}",
                      f"{r['trace']:.4g} ± {r['trace_error']:.2g}", f"{r['trace_per_parameter']:.3g}",
                      f"{r['eigenvalue']:.4g}", f"{r['eigenvalue_change']:.0e}"])  # fmt: skip
-        systems[json.dumps(r["model_config"]), r["dataset"], r["step"]].append(r)
+        systems[json.dumps([r["model_config"], r["training"], r["step"]])].append(r)
     numbers = ["loss, nats per token", "trace", "trace per parameter", "largest eigenvalue"]
     text += markdown(["run", "system", "seed", "step", *numbers, "change"], rows)
     if len(systems) < len(records):

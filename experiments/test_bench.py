@@ -61,8 +61,8 @@ def test_bench(tmp_path):
     bench.main(["lengths", *SMALL, "--variants", "MHA", "LinearMHA", "--lengths", "16", "32", out])
     bench.main(["memory", *SMALL, "--depths", "2", "12", out])
     steps, peaks, lengths, memory = lines(tmp_path / "bench.jsonl")
-    assert set(steps) == {*VARIANTS, "nanoGPT"}
+    assert set(steps) == {*VARIANTS, bench.BASELINE}
     assert all(0 < r["forward"] < r["step"] and 0 < r["backward"] < r["step"] and r["generation"] > 0 for r in steps.values())
     assert set(lengths) == {"MHA", "LinearMHA"} and set(lengths["MHA"]) == {"16", "32"}
-    assert set(memory) == {"plain", "reversible"} and set(memory["plain"]) == {"2", "12"} and "peak_mb" in peaks["nanoGPT"]
+    assert set(memory) == {"plain", "reversible"} and set(memory["plain"]) == {"2", "12"} and "peak_mb" in peaks[bench.BASELINE]
     assert (tmp_path / "bench_memory.png").exists() and (tmp_path / "bench_lengths.png").exists()

@@ -81,7 +81,7 @@ def test_curve():
 
 
 def test_best_rate_is_that_of_the_least_mean():
-    losses = {"1e-3": (2.0, 2.2), "2e-3": (1.0, 2.9), "4e-3": (2.3, 1.9), "8e-3": (0.1, math.nan)}
+    losses = {"1e-3": (2.0, 2.2), "2e-3": (1.0, 2.9), "4e-3": (2.3, 1.9), "8e-3": (0.1, math.inf)}
     rates = {rate: [dict(validation=[(0, 5.0), (9, loss)]) for loss in of_seeds] for rate, of_seeds in losses.items()}
     assert compare.best_rate(rates) == "2e-3"
     assert compare.best_rate({rate: rates[rate] for rate in ("8e-3", "4e-3", "1e-3")}) in ("1e-3", "4e-3")
@@ -135,17 +135,17 @@ def test_which_runs_are_finished(flags, tmp_path):
 
 def test_budget_of_tokens_sweep_and_match(flags, here):
     """2,048 tokens are 8 steps of 256 or 16 of 128; every rate is shown, and the schedule keeps its shape and its end."""
-    systems = ["MHA", "NagMHA --batch_size=2 --match=YuriiFormer"]
+    systems = ["MHA", "NagMHA --batch_size=2 --eval_iters=4 --match=YuriiFormer"]
     compare.main(["t", "--config=empty.toml", "--seeds", "5", "6", "--systems", *systems, "--tokens", "2100",
                   "--learning_rates", "0.01", "0.04", "--", *flags])  # fmt: skip
     data, table = result("t")
     assert set(here) == {
         f"out/t/{system}{rate}-{seed}"
-        for system in ("MHA", "NagMHA_batch_size=2_match=YuriiFormer")
+        for system in ("MHA", "NagMHA_batch_size=2_eval_iters=4_match=YuriiFormer")
         for rate in ("", "_learning_rate=0.04")
         for seed in (5, 6)
     }
-    state = checkpoint.load("out/t/NagMHA_batch_size=2_match=YuriiFormer_learning_rate=0.04-6/ckpt.pt")
+    state = checkpoint.load("out/t/NagMHA_batch_size=2_eval_iters=4_match=YuriiFormer_learning_rate=0.04-6/ckpt.pt")
     assert state["step"] == 16 and state["config"]["min_lr"] == pytest.approx(0.004) and state["config"]["seed"] == 6
     assert checkpoint.load("out/t/MHA-5/ckpt.pt")["step"] == 8
     rows = {cells[1].strip(): cells for cells in (line.split("|") for line in table.splitlines()) if len(cells) > 3}

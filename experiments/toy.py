@@ -31,7 +31,7 @@ import checkpoint
 from configurator import UserError, cli, parse
 from data import Split
 from experiments.plot import plt, save
-from experiments.records import find, markdown, mean_sd, read, write
+from experiments.records import find, made, markdown, mean_sd, read, write
 from model import GPT, GPTConfig
 from train import Config, learning_rate, optimizers
 
@@ -282,21 +282,21 @@ def main(arguments):
         identity = dict(problem=problem.name, system=system, seed=seed, mlp=not args.no_mlp, config=asdict(cfg))
         record = find(known, identity)
         if not record:
-            record = identity | train(problem, cfg, args, device)
+            record = identity | checkpoint.made_with(device) | train(problem, cfg, args, device)
             known.append(record)
             write(f"{args.out}.json", json.dumps(known) + "\n")
         results[problem.name][system].append(record)
 
-    made_with = checkpoint.made_with(device)
     seeds = ", ".join(map(str, args.seeds))
     title = f"mean and range of seeds {seeds}; 4 layers, width {args.n_embd}" + ", no MLPs" * args.no_mlp
-    minutes = sum(r["seconds"] for runs in results.values() for seed in runs.values() for r in seed) / 60
+    every = [record for runs in results.values() for of_seeds in runs.values() for record in of_seeds]
+    minutes = sum(record["seconds"] for record in every) / 60
     text = "\n\n".join([
         f"`python -m experiments.toy {shlex.join(arguments)}`",
         f"Mean ± standard deviation over seeds {seeds} after {args.steps:,} steps; 4 layers of 4 heads, width {args.n_embd}"
-        f"{', the MLPs taken out' * args.no_mlp}; {made_with['hardware']}, {torch.get_num_threads()} thread(s), torch "
-        f"{made_with['torch']}, code {made_with['commit']}, {minutes:.1f} minutes in all. Gradient norm: of the loss in the "
-        "attention parameters of a layer, before clipping, mean over all steps.",
+        f"{', the MLPs taken out' * args.no_mlp}; {made(every)}; "
+        f"{minutes:.1f} minutes in all. Gradient norm: of the loss in the attention parameters of a layer, before clipping, "
+        "mean over all steps.",
         f"Regression: x of dimension {D}, {EXAMPLES} examples in a sequence, {SEQUENCES} sequences a step, noise of standard "
         f"deviation {NOISE}. Predicting 0 has an error of {1 + NOISE**2:.2f}, ridge regression, the best there is, one of "
         f"{problems[0].reference:.3f}, with {EXAMPLES - 1} examples {ridge(*problems[0].held_out)[-1]:.3f}.",
