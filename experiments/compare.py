@@ -231,7 +231,7 @@ def report(data):
             *(("", "") if system == base else (mean_sd(differences, "+.4f"), "" if p is None else f"{p:.2g}")),
             f"{first['steps']:,}", "not reached" if at is None else f"{at:,.0f}",
             f"{statistics.median(run['tokens_per_second'] for run in runs):,.0f}",
-            f"{max(run['memory_gb'] for run in runs):.2f}", f"{max(run['spike'] for run in runs):.2f}",
+            f"{max(run['memory_gb'] for run in runs):.2f}", f"{max(run['spike'] for run in runs):.2f}".replace("nan", ""),
             *(f"{number:,}" for number in first["parameters"].values()),
         ])  # fmt: skip
     budget = of_base[0]["steps"] * of_base[0]["per_step"][unit]

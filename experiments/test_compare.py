@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import subprocess
 from dataclasses import asdict
 
 import pytest
@@ -241,3 +242,26 @@ def test_compare(flags, monkeypatch):
 def test_a_run_that_fails_says_where_to_look(flags):
     with pytest.raises(UserError, match=r"see out/x/MHA-1.log: python train.py empty.toml"):
         compare.main(["x", "--config=empty.toml", "--systems", "MHA", "--seeds", "1", "--", *flags, "--dataset=missing"])
+
+
+def test_a_run_that_was_stopped_is_not_finished(flags, monkeypatch):
+    """Though train.py's exit code is then 0."""
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    with pytest.raises(UserError, match="failed or was stopped"):
+        compare.main(["x", "--config=empty.toml", "--systems", "MHA", "--seeds", "1", "--", *flags])
+
+
+@pytest.mark.slow
+def test_a_rate_at_which_runs_diverge(flags, monkeypatch):
+    """It is the worst, is shown as such and isn't run again."""
+    command = ["d", "--config=empty.toml", "--seeds", "1", "--systems", "MHA", "--learning_rates", "1e30", "0.01", "--", *flags]
+    compare.main(command)
+    data, table = result("d")
+    assert compare.best_rate(data["systems"]["MHA"]) == "0.01" and "| 1e+30 | diverged |" in table
+    monkeypatch.setattr(compare.subprocess, "run", None)
+    compare.main(command)
+
+
+def test_systems_are_judged_on_the_same_windows(flags):
+    with pytest.raises(UserError, match="different windows"):
+        compare.main(["x", "--config=empty.toml", "--systems", "MHA", "MHA --batch_size=2", "--", *flags])
