@@ -19,12 +19,14 @@ def stop_signals():
     While this lasts, SIGTERM, SIGINT and SIGUSR1 only add to the list that it yields, and a second one ends the process at
     once, whatever it is doing. What comes within a second is one signal: torchrun repeats those of a terminal.
     """
-    caught, (reader, writer) = [], os.pipe()
+    numbers, caught, (reader, writer) = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), [], os.pipe()
     os.set_blocking(writer, False)
 
     def watch():  # a thread, since Python handles no signal while its main thread waits for others or for the device
         first = None
         while number := os.read(reader, 1):
+            if number[0] not in numbers:
+                continue
             if first is None:
                 first = time.monotonic()
                 os.write(2, b"\nstopping after this step; a second signal stops at once\n")
@@ -32,7 +34,6 @@ def stop_signals():
                 os._exit(128 + number[0])
         os.close(reader)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda *arguments: caught.append(arguments)) for number in numbers}
     wakeup = signal.set_wakeup_fd(writer)
     threading.Thread(target=watch, daemon=True).start()

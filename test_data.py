@@ -317,9 +317,10 @@ def counting(tmp_path_factory):
     folder, shards = tmp_path_factory.mktemp("counting"), dict(train=[], val=[])
     for split, n in dict(train=1003, val=100).items():
         for part in np.split(np.arange(n, dtype=np.uint16), [3, 7, 8, 50, 90]):
-            shards[split].append(dict(file=f"{split}_{len(shards[split]):03d}.npy"))
+            shards[split].append(dict(file=f"{split}_{len(shards[split]):03d}.npy", tokens=len(part), sha256=""))
             np.save(folder / shards[split][-1]["file"], part)
-    (folder / "meta.json").write_text(json.dumps(dict(shards=shards)))
+    meta = dict(tokenizer="bytes", dtype="uint16", vocab_size=1003, bytes=dict(train=1003, val=100), shards=shards)
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
@@ -437,12 +438,12 @@ def test_all_problems_come_in_one_message(tmp_path):
         parse(Knobs, [str(file), "--depth=0", "--causal=2", "--learning_rate=None", "--zzz=1", "loose"])
     lines = str(error.value).splitlines()
     parts = [
-        ("a.toml", "learning_rat;", "did you mean learning_rate?"),
+        ("a.toml", "'learning_rat';", "did you mean learning_rate?"),
         ("a.toml", "beta='high'", "a number or None"),
         ("a.toml", "name=3", "text"),
         ("command line", "causal='2'", "True or False"),
         ("command line", "learning_rate='None'", "a number"),
-        ("command line", "no knob is named zzz"),
+        ("command line", "no knob is named 'zzz'"),
         ("command line", "'loose'", "--key=value"),
         ("depth=0 must be at least 1",),
     ]
