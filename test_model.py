@@ -683,6 +683,7 @@ def test_attention_drops_weights(attention):
     assert not torch.allclose(o, attention(q, k, v, *scalar))
 
 
+@pytest.mark.slow
 def test_table_names_every_variant(capsys):
     runpy.run_module("model", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()

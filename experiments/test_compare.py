@@ -134,6 +134,7 @@ def test_which_runs_are_finished(flags, tmp_path):
     assert progress(stored | dict(init_from="resume"), step=12) == 12
 
 
+@pytest.mark.slow
 def test_budget_of_tokens_sweep_and_match(flags, here):
     """2,048 tokens are 8 steps of 256 or 16 of 128; every rate is shown, and the schedule keeps its shape and its end."""
     systems = ["MHA", "NagMHA --batch_size=2 --eval_iters=4 --match=YuriiFormer"]

@@ -290,8 +290,10 @@ def test_perplexity_of_a_file(run, trained, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name, bytes_per_token", [("bytes", 1), ("gpt2", 5)])
-def test_bits_are_over_bytes_and_perplexity_over_tokens(name, bytes_per_token):
+def test_bits_are_over_bytes_and_perplexity_over_tokens(name, bytes_per_token, monkeypatch):
     """Of a model that finds all tokens equally likely. " book" is one of GPT-2's."""
+    if (SHARED / "tiktoken_cache").is_dir():
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     try:
         tokenizer = get_tokenizer(name)
     except UserError as error:

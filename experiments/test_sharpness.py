@@ -130,6 +130,7 @@ def rows(text):
     ]
 
 
+@pytest.mark.slow
 def test_the_table(run, tmp_path, capsys):
     """Numbers of the saved weights on the windows that are named; systems with several seeds are summarised."""
     a, b, c = run("a"), run("b", seed=1), run("c", "NagMHA", beta=0.5, dropout=0.3, n_layer=1)

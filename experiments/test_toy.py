@@ -157,6 +157,7 @@ def test_training_beats_the_trivial_predictors(data, monkeypatch):
     assert records[0]["steps"] == list(range(0, 401, 40)) and len(records[0]["evaluations"]) == 11
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_tabulated(data, tmp_path, monkeypatch, capsys):
     def run(*systems, seeds=(1, 2), out="toy"):
         toy.main(["--systems", *systems, "--seeds", *map(str, seeds), "--steps", "10", "--n_embd", "8", "--device", "cpu",
