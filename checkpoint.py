@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import textwrap
 import zipfile
 from dataclasses import asdict, replace
@@ -73,6 +74,23 @@ def made_with(device):
         commit = ""
     software = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
     return software | dict(hardware=hardware, commit=commit)
+
+
+def pick_device(name, say=lambda text: print(text, file=sys.stderr)):
+    """
+    The device of this name; for auto CUDA if there is a card, else the CPU. Where a card is asked for and there is none it is
+    the CPU too, which say() tells. Raises UserError for a name that is none.
+    """
+    try:
+        kind = torch.device("cpu" if name == "auto" else name).type
+    except RuntimeError:
+        raise UserError(f"device={name!r} is none of auto, cpu, cuda, cuda:1, mps") from None
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        say(f"device={name}, but torch {torch.__version__} sees no CUDA card: going on with the CPU")
+        return "cpu"
+    return name
 
 
 def load(path, device="cpu"):

@@ -40,7 +40,7 @@ class Config:
 
 def main(arguments):
     cfg = parse(Config, arguments)
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = checkpoint.pick_device(cfg.device)
     choices = {} if cfg.n_loop is None else dict(n_loop=cfg.n_loop)
     model, state = checkpoint.load_model(os.path.join(cfg.out_dir, cfg.ckpt), device, **choices)
     tokenizer = get_tokenizer(state["tokenizer"])

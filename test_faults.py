@@ -603,12 +603,15 @@ def test_a_folder_that_cannot_be_written(data):
             fit(data, folder, **STEPS)
 
 
-def test_without_cuda_or_bfloat16_the_run_goes_on_and_says_so(data, tmp_path, monkeypatch, capsys):
+def test_without_cuda_or_bfloat16_the_run_goes_on_and_says_so(data, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
     fit(data, tmp_path, device="cuda", dtype="bfloat16", max_iters=2)
     out = capsys.readouterr().out
     assert out.count("going on with the CPU") == 1 and out.count("going on with float32") == 1 and "cpu float32" in out
+    sample.main([f"--out_dir={trained}", "--device=cuda", "--start=17 times", "--max_new_tokens=1"])
+    captured = capsys.readouterr()
+    assert captured.err.count("going on with the CPU") == 1 and captured.out.startswith("17 times")
 
 
 @pytest.mark.slow

@@ -262,6 +262,8 @@ def test_bad_command_lines(data, trained, tmp_path):
         (train, [*knobs, "--learning_rate=0"], ["learning_rate=0"]),
         (train, [*knobs, "--init_from=./gpt-2"], ["neither scratch"]),
         (train, [*knobs, "--logger=wandb"], ["pip install wandb"]),
+        (train, [*knobs, "--device=gpu"], ["device='gpu'", "cuda"]),
+        (sample, [f"--out_dir={trained}", "--device=gpu"], ["device='gpu'", "cuda"]),
         (train, [*knobs, f"--out_dir={trained}", "--init_from=resume", "--n_layer=3"], ["n_layer=2, not 3"]),
         (train, [*knobs, "--block_size=100000"], ["100001", "lower block_size"]),
         (train, [*knobs, f"--out_dir={data / 'text.txt'}"], ["out_dir", "--out_dir"]),

@@ -158,10 +158,7 @@ def train(cfg, signals=()):
             tqdm.write(text)  # beside the progress bar
             sys.stdout.flush()
 
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        say(f"device={device}, but torch {torch.__version__} sees no CUDA card: going on with the CPU")
-        device = "cpu"
+    device = checkpoint.pick_device(cfg.device, say)
     if device == "cuda":
         device = f"cuda:{local_rank}"
     if world > 1:
@@ -204,7 +201,7 @@ def train(cfg, signals=()):
 
     # model
     vocab_size = cfg.vocab_size or meta["vocab_size"]
-    latest, best = (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "best.pt"))
+    latest = os.path.join(cfg.out_dir, "ckpt.pt")
     config = GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | dict(vocab_size=vocab_size))
     start, seconds, best_loss, running_mean, high = 0, 0.0, math.inf, 0.0, 0
     made_with, state, weights = checkpoint.made_with(device), None, None

@@ -13,6 +13,7 @@ Results are added to --out, one JSON object a line.
 """
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -26,9 +27,8 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, cli
-from data import Split
 from experiments.plot import line, new_figure, save
-from experiments.records import markdown
+from experiments.records import markdown, windows
 from model import GPT, VARIANTS, GPTConfig, causal
 from train import short_dtype
 
@@ -191,7 +191,7 @@ def memory(args):
         for n_layer in args.depths:
             choices = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=reversible, n_layer=n_layer)
             points = result.setdefault("reversible" if reversible else "plain", {})
-            points[n_layer] = in_a_process(peak_of, args, choices)
+            points[n_layer] = in_a_process(functools.partial(peak, args, "MHA", **choices))
     fig, ax = new_figure()
     for i, (name, points) in enumerate(result.items()):
         ax.plot(points.keys(), points.values(), marker="o", label=name, **line(i))
@@ -201,10 +201,6 @@ def memory(args):
     ax.legend()
     save(fig, os.path.splitext(args.out)[0] + "_memory.png")
     return result
-
-
-def peak_of(args, choices):
-    return peak(args, "MHA", **choices)
 
 
 def correction(attn, x):
@@ -233,16 +229,16 @@ def taylor(args):
     model, state = checkpoint.load_model(os.path.join(args.checkpoint, "best.pt"), DEVICE)
     if model.config.curvature != "newton":
         raise UserError(f"{args.checkpoint} has curvature={model.config.curvature}: train one with --curvature=newton")
-    split = Split(os.path.join(state["config"]["data_dir"], state["config"]["dataset"]), "val", model.config.block_size)
+    folder = os.path.join(state["config"]["data_dir"], state["config"]["dataset"])
     found = []  # (layers, 3, nh, T) of each sequence
-    for start in split.fixed(args.sequences):
+    for idx in windows(folder, "val", args.sequences, model.config)[0].to(DEVICE):
         seen = []
 
         def look(attn, inputs, seen=seen):
             seen.append(torch.stack(correction(attn, *inputs[:1])))
 
         hooks = [block.attn.register_forward_pre_hook(look) for block in model.transformer.h]
-        model(torch.from_numpy(split.windows([start])[0]).to(DEVICE))
+        model(idx[None])
         for hook in hooks:
             hook.remove()
         found.append(torch.stack(seen))

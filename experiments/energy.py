@@ -13,14 +13,13 @@ import os
 from collections import defaultdict
 
 import numpy as np
-import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
 
 import checkpoint
 from configurator import UserError, cli
-from data import Split, read_meta
 from experiments.plot import plt, save
+from experiments.records import windows
 from model import Scalar
 
 HEADS, POSITIONS = 4, 64  # of the attention weights, as many as stay readable
@@ -30,10 +29,7 @@ def read(folder, split, sequences, config):
     """Evenly spaced windows of the split, (sequences, block_size). Raises UserError."""
     if sequences < 1:
         raise UserError(f"--sequences {sequences} must be at least 1")
-    if (vocab_size := read_meta(folder)["vocab_size"]) > config.vocab_size:
-        raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: give its --data_dir")
-    text = Split(folder, split, config.block_size)
-    return torch.from_numpy(text.windows(text.fixed(sequences))[0])
+    return windows(folder, split, sequences, config)[0]
 
 
 def scalars(model):

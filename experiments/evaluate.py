@@ -226,7 +226,7 @@ def main(arguments):
     questions = [dict(task=name, data=args.data, limit=args.limit) for name in tasks]
     questions += [dict(task=path, data=hashlib.sha256(text.encode()).hexdigest(), limit=None) for path, text in texts.items()]
 
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = checkpoint.pick_device(args.device)
     records, asked = kept.read(args.out), []
     for name in set(tasks) - {r["task"] for r in records}:  # those in the records exist
         if name not in (names := task_manager().all_subtasks):

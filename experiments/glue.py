@@ -221,7 +221,7 @@ def main(arguments):
         raise UserError("\n".join(problems))
 
     # what can be wrong is found before the first run
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = checkpoint.pick_device(args.device)
     names = ("source", "epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "limit")
     settings = {name: getattr(args, name) for name in names}
     made_with, records = checkpoint.made_with(device), read(args.out)

@@ -1,12 +1,25 @@
-"""What experiments keep: finished pieces of work as JSON, so that none is done twice, and numbers with their spread."""
+"""What experiments share: windows of text, finished pieces of work as JSON, so that none is done twice, and numbers with spread."""
 
 import json
 import math
 import os
 import statistics
 
+import torch
+
 from configurator import UserError
-from data import replacing
+from data import Split, read_meta, replacing
+
+
+def windows(folder, split, count, config):
+    """
+    Inputs and targets of at most count evenly spaced windows of a data set's split, (count, block_size) each, the same for
+    all models of one block_size. Raises UserError.
+    """
+    if (vocab_size := read_meta(folder)["vocab_size"]) > config.vocab_size:
+        raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: give its --data_dir")
+    text = Split(folder, split, config.block_size)
+    return tuple(map(torch.from_numpy, text.windows(text.fixed(count))))
 
 
 def read(path):

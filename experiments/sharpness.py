@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, cli
-from data import Split, read_meta, sha256
-from experiments.records import find, made, markdown, mean_sd, read, write
+from data import sha256
+from experiments.records import find, made, markdown, mean_sd, read, windows, write
 from model import GPTConfig
 
 
@@ -84,16 +84,6 @@ def largest_eigenvalue(product, like, iterations, generator):
     return estimates
 
 
-def windows(folder, split, args, config, device):
-    """Evenly spaced windows of the split, the same for every run of the data set: [(idx, targets), ...]. Raises UserError."""
-    if (vocab_size := read_meta(folder)["vocab_size"]) > config.vocab_size:
-        raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: give its --data_dir")
-    text = Split(folder, split, config.block_size)
-    starts, size = text.fixed(args.batches * args.batch_size), args.batch_size
-    batches = [text.windows(starts[i : i + size]) for i in range(0, len(starts), size)]
-    return [tuple(torch.from_numpy(t).to(device) for t in batch) for batch in batches]
-
-
 def system(config):
     """The variant and the choices that are not its own, as on the command line. config: a dict."""
     own = GPTConfig(variant=config["variant"])
@@ -107,7 +97,9 @@ def measure(path, args, device, step):
     if "config" not in state:
         raise UserError(f"{path} does not say what it was trained on: take a checkpoint of train.py")
     cfg = state["config"]
-    batches = windows(os.path.join(args.data_dir or cfg["data_dir"], cfg["dataset"]), args.split, args, model.config, device)
+    folder, count = os.path.join(args.data_dir or cfg["data_dir"], cfg["dataset"]), args.batches * args.batch_size
+    xy = [t.to(device).split(args.batch_size) for t in windows(folder, args.split, count, model.config)]
+    batches = list(zip(*xy, strict=True))
     like = parameters_to_vector(model.parameters()).detach()
     generator = torch.Generator().manual_seed(args.seed)
 
@@ -178,7 +170,7 @@ def main(arguments):
     for name, least in dict(batches=1, batch_size=1, probes=2, iterations=2).items():
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = checkpoint.pick_device(args.device)
 
     out = f"{args.out}.json"
     known, records = read(out), []

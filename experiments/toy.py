@@ -270,7 +270,7 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if args.steps < 10:
         raise UserError(f"--steps {args.steps} must be at least 10")
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = checkpoint.pick_device(args.device)
     configs = {(system, seed): configure(system, args, seed) for system in args.systems for seed in args.seeds}
     problems = [problem(args.data_dir, device) for problem in (Regression, LIS)]
 
