@@ -1,4 +1,4 @@
-"""What experiments share: windows of text, finished pieces of work as JSON, so that none is done twice, and numbers with spread."""
+"""What experiments share: windows of text, finished work as JSON, so that none is done twice, and numbers with their spread."""
 
 import json
 import math
