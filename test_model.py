@@ -77,6 +77,21 @@ def test_softmax_attention_is_a_gradient_step():
     torch.testing.assert_close(softmax_attention(q, k, k), -by_query(grad(inner_product_energy), q, k))
 
 
+@pytest.mark.parametrize("T, kind", [(512, "matrices"), (600, "fused")])
+def test_softmax_attention_by_matrices_and_fused(T, kind, monkeypatch):
+    """Each against torch's reference implementation, in value, gradients and scale; and each where it should be used."""
+    q, k, v = inputs = [torch.randn(1, 2, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
+    calls, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or fused(*a, **b))
+    o = softmax_attention(q, k, v, scale=0.7)
+    assert len(calls) == (kind == "fused")
+    torch.testing.assert_close(o, expected)
+    grads = [torch.autograd.grad(out.sin().sum(), inputs) for out in (o, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def test_with_keys_of_one_norm_both_energies_have_one_gradient():
     q, k, _ = heads(one_norm=True)
     torch.testing.assert_close(softmax_attention(q, k, k) - q, -by_query(grad(elastic_energy), q, k))
@@ -715,6 +730,7 @@ def test_generate_options():
     model = tiny()
     idx = tokens(model, T=2)
     greedy = model.generate(idx, 8, temperature=0)
+    model(greedy, greedy)[1].backward()  # what is generated can be learned from
     assert torch.equal(model.generate(idx, 8, temperature=1.7, top_k=1), greedy)
     torch.manual_seed(3)
     free = model.generate(idx, 8)

@@ -1,50 +1,75 @@
 """
-What each variant costs, beside nanoGPT's way of running the baseline.
+What each variant costs, beside nanoGPT.
 
     python -m experiments.bench steps --block_size 1024 --batch_size 4          all variants: training step, memory, generation
     python -m experiments.bench lengths --variants MHA MHA2nd1st LinearMHA      time per token by sequence length
     python -m experiments.bench memory                                          peak memory by depth, plain and reversible
+    python -m experiments.bench loss --vocab_size 50304                         the loss with and without the table of logits
     python -m experiments.bench taylor out/newton                               size of MHA2nd1st's correction by length
 
-What is compared alternates in one process and is given as medians, since times on a busy machine wander together. Peak
-memory is that of a process of its own. The first row is the model MHA as github.com/karpathy/nanoGPT runs it: on a CPU float32,
-not compiled and AdamW not fused, on CUDA bfloat16, compiled and fused; generation without a cache on both.
-Results are added to --out, one JSON object a line.
+What is compared alternates and is given as medians, since times on a busy machine wander together. The row nanoGPT is
+github.com/karpathy/nanoGPT as a user runs it, in a process of its own: on a CPU float32, not compiled and AdamW not fused, on
+CUDA bfloat16, compiled and fused; generation without a cache on both. --nanogpt DIR is a clone of it; without one its place is
+taken by MHA, run in the same way. Results are added to --out, a list in JSON. What is promised of them is in experiments.bars.
 """
 
 import argparse
-import functools
+import contextlib
+import importlib.util
+import io
 import json
 import math
 import multiprocessing
 import os
-import resource
 import statistics
+import sys
+import tempfile
 import time
 
 import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import checkpoint
+import model as variants
 from configurator import UserError, cli
+from experiments import records
 from experiments.plot import line, new_figure, save
 from experiments.records import markdown, windows
 from model import GPT, VARIANTS, GPTConfig, causal
-from train import short_dtype
+from train import keep_memory, short_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
-BASELINE = "MHA as nanoGPT runs it"
+NANOGPT = "nanoGPT"
+BYTES = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=257, batch_size=16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is measured
 
 
 def build(args, name, **choices):
-    """The model of a row, a variant's or the baseline's, and the function that runs it."""
+    """The model of a row, a variant's or nanoGPT, and the function that runs it."""
     torch.manual_seed(0)
-    variant = "MHA" if name == BASELINE else name
     sizes = {k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-    model = GPT(GPTConfig(bias=False, **sizes | dict(variant=variant) | choices)).to(DEVICE)
-    compiled = DEVICE == "cuda" if name == BASELINE else args.compile
-    return model, torch.compile(model) if compiled else model
+    if name != NANOGPT:
+        if DEVICE == "cpu":
+            keep_memory()  # as train.py does
+        model, compiled = GPT(GPTConfig(bias=False, **sizes | dict(variant=name) | choices)), args.compile
+    else:
+        compiled = DEVICE == "cuda"
+        if args.nanogpt:
+            spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(args.nanogpt, "model.py"))
+            nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(nanogpt)
+            with contextlib.redirect_stdout(io.StringIO()):
+                model = nanogpt.GPT(nanogpt.GPTConfig(bias=False, dropout=0.0, **sizes))
+        else:  # this process is the row's own
+            variants.softmax_attention = lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            model = GPT(GPTConfig(bias=False, **sizes))
+    return model.to(DEVICE), torch.compile(model, dynamic=False) if compiled else model
 
 
 def synchronized():
@@ -54,10 +79,13 @@ def synchronized():
     return time.perf_counter()
 
 
-def training_step(args, name, **choices):
-    """A function that takes one training step on random tokens; it returns the seconds of forward, backward and all of it."""
+def training_step(args, name, loss=None, **choices):
+    """
+    A function that takes one training step on random tokens; it returns the seconds of forward, backward and all of it.
+    loss: a function of the head's inputs, its weight and the targets in place of the model's own.
+    """
     model, running = build(args, name, **choices)
-    plain = name == BASELINE and DEVICE == "cpu"
+    plain = name == NANOGPT and DEVICE == "cpu"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not plain)
     idx = torch.randint(args.vocab_size, (args.batch_size, args.block_size), device=DEVICE)
     dtype = getattr(torch, "float32" if plain else args.dtype)
@@ -65,28 +93,30 @@ def training_step(args, name, **choices):
     def step(idx=idx):
         times = [synchronized()]
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            loss = running(idx, idx)[1]
+            value = loss(model.hidden(idx), model.lm_head.weight, idx) if loss else running(idx, idx)[1]
         times.append(synchronized())
-        loss.backward()
+        value.backward()
         times.append(synchronized())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(synchronized())
         return times[1] - times[0], times[2] - times[1], times[3] - times[0]
 
+    step.gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     return step
 
 
-def generation(args, name):
-    """A function that generates args.new_tokens after one token; it returns the seconds."""
+def generation(args, name, batch=1):
+    """A function that generates args.new_tokens after one token, in each row of a batch; it returns the seconds."""
     model, _ = build(args, name)
     model.eval()
 
     @torch.no_grad()
     @torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
     def generate():
-        idx, start = torch.zeros(1, 1, dtype=torch.long, device=DEVICE), synchronized()
-        if name != BASELINE:
+        idx, start = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE), synchronized()
+        if name != NANOGPT:
             model.generate(idx, args.new_tokens, top_k=200)
         else:  # every token with a pass over all before it
             for _ in range(args.new_tokens):
@@ -96,6 +126,46 @@ def generation(args, name):
         return synchronized() - start
 
     return generate
+
+
+def peak(step):
+    """MB that a training step holds at once beyond weights, optimizer state and gradients."""
+    step()  # makes the optimizer state
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before - step.gradients) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = os.path.join(folder, "trace.json")
+        profiler.export_chrome_trace(trace)
+        with open(trace) as file:
+            events = [e["args"] for e in json.load(file)["traceEvents"] if e["name"] == "[memory]"]
+    before = events[0]["Total Allocated"] - events[0]["Bytes"]
+    return (max(e["Total Allocated"] for e in events) - before - step.gradients) / 2**20
+
+
+def serve(pipe, make, arguments):
+    function = make(*arguments)
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            pipe.recv()
+            pipe.send(function())
+
+
+def elsewhere(make, *arguments):
+    """The function make(*arguments), made and called in a process of its own."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=serve, args=(there, make, arguments), daemon=True).start()
+    there.close()
+
+    def function():
+        here.send(None)
+        return here.recv()
+
+    return function
 
 
 def alternating(functions, rounds, warm_up):
@@ -111,67 +181,52 @@ def alternating(functions, rounds, warm_up):
     return found
 
 
-def in_a_process(function, *arguments):
-    """function's result in a process of its own, whose peak memory is nobody else's."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def rows(make, args, names):
+    """{name: make(args, name)}, nanoGPT's in a process of its own."""
+    return {name: elsewhere(make, args, name) if name == NANOGPT else make(args, name) for name in names}
 
 
-def peak(args, name, **choices):
-    """MB that a training step takes beyond weights, gradients and optimizer state."""
-    step = training_step(args, name, **choices)
-    step(torch.zeros(1, 2, dtype=torch.long, device=DEVICE))  # makes all of these
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+# ----------------------------------------------------------------------------------------------------------------------
+# the commands
 
 
 def steps(args):
     """For each row medians in seconds of forward, backward, step and generation, and the peak memory of a step in MB."""
-    names = [BASELINE, *args.variants]
-    times = alternating({name: training_step(args, name) for name in names}, args.rounds, warm_up=2)
+    names = [NANOGPT, *args.variants]
+    times = alternating(rows(training_step, args, names), args.rounds, warm_up=2)
     result = {}
     for name in names:
         forward, backward, step = (statistics.median(t) for t in zip(*times[name], strict=True))
         result[name] = dict(forward=forward, backward=backward, step=step)
     if args.new_tokens:
-        times = alternating({name: generation(args, name) for name in names}, args.generations, warm_up=0)
-        for name in names:
-            result[name]["generation"] = statistics.median(times[name])
-    for name in tqdm(names, "memory", leave=False, disable=None) if args.peak else ():
-        result[name]["peak_mb"] = in_a_process(peak, args, name)
+        for name, seconds in alternating(rows(generation, args, names), args.generations, warm_up=0).items():
+            result[name]["generation"] = statistics.median(seconds)
+    for name in tqdm(args.variants, "memory", leave=False, disable=None) if args.peak else ():
+        result[name]["peak_mb"] = peak(training_step(args, name))
     tokens, base = args.batch_size * args.block_size, result[args.variants[0]]
-    head = ["row", "forward, s", "backward, s", "step, s", f"over {args.variants[0]}", "tokens/s over nanoGPT's way"]
-    rows = [[name, f"{r['forward']:.3f}", f"{r['backward']:.3f}", f"{r['step']:.3f}", f"{r['step'] / base['step']:.2f}",
-             f"{result[BASELINE]['step'] / r['step']:.2f}"] for name, r in result.items()]  # fmt: skip
+    head = ["row", "forward, s", "backward, s", "step, s", f"over {args.variants[0]}", "tokens/s over nanoGPT's"]
+    table = [[name, f"{r['forward']:.3f}", f"{r['backward']:.3f}", f"{r['step']:.3f}", f"{r['step'] / base['step']:.2f}",
+              f"{result[NANOGPT]['step'] / r['step']:.2f}"] for name, r in result.items()]  # fmt: skip
     for key, title in dict(peak_mb="peak, MB", generation=f"{args.new_tokens} new tokens, s").items():
         if key in base:
             head.append(title)
-            for row in rows:
-                row.append(f"{result[row[0]][key]:.3g}")
-    print(f"{tokens:,} tokens a step\n\n" + markdown(head, rows))
+            for row in table:
+                row.append(f"{result[row[0]][key]:.3g}" if key in result[row[0]] else "")
+    print(f"{tokens:,} tokens a step\n\n" + markdown(head, table))
     return result
 
 
 def lengths(args):
     """Microseconds per token of a training step, by variant and length, the tokens of a step being the same; a figure."""
-    result, tokens = {}, args.batch_size * args.block_size
-    for T in args.lengths:
-        sizes = argparse.Namespace(**vars(args) | dict(block_size=T, batch_size=max(1, tokens // T)))
-        steps = {name: training_step(sizes, name) for name in args.variants}
-        for name, times in alternating(steps, args.rounds, warm_up=2).items():
-            per_token = statistics.median(step for *_, step in times) / (sizes.batch_size * T)
-            result.setdefault(name, {})[T] = per_token * 1e6
-    print(
-        markdown(
-            ["microseconds per token", *args.lengths], [[name, *(f"{t:.1f}" for t in r.values())] for name, r in result.items()]
-        )
-    )
+    tokens = args.batch_size * args.block_size
+    sizes = {T: argparse.Namespace(**vars(args) | dict(block_size=T, batch_size=max(1, tokens // T))) for T in args.lengths}
+    result = {name: {} for name in args.variants}
+    for name, points in result.items():
+        times = alternating({T: training_step(sizes[T], name) for T in sizes}, args.rounds, warm_up=2)
+        for T in sizes:
+            points[T] = statistics.median(step for *_, step in times[T]) / (sizes[T].batch_size * T) * 1e6
+    table = [[name, *(f"{t:.1f}" for t in r.values())] for name, r in result.items()]
+    print(markdown(["microseconds per token", *args.lengths], table))
     fig, ax = new_figure()
     for i, (name, points) in enumerate(result.items()):
         ax.plot(points.keys(), points.values(), marker="o", label=name, **line(i))
@@ -188,10 +243,10 @@ def memory(args):
     """Peak MB of activations by depth, for polyak on both sublayers, plain and reversible; a figure beside --out."""
     result = {}
     for reversible in (False, True):
+        points = result.setdefault("reversible" if reversible else "plain", {})
         for n_layer in args.depths:
             choices = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=reversible, n_layer=n_layer)
-            points = result.setdefault("reversible" if reversible else "plain", {})
-            points[n_layer] = in_a_process(functools.partial(peak, args, "MHA", **choices))
+            points[n_layer] = peak(training_step(args, "MHA", **choices))
     fig, ax = new_figure()
     for i, (name, points) in enumerate(result.items()):
         ax.plot(points.keys(), points.values(), marker="o", label=name, **line(i))
@@ -200,6 +255,37 @@ def memory(args):
     ax.set_title(f"width {args.n_embd}, {args.batch_size} x {args.block_size} tokens")
     ax.legend()
     save(fig, os.path.splitext(args.out)[0] + "_memory.png")
+    return result
+
+
+def loss(args):
+    """
+    Seconds and peak MB of a step of MHA by how the loss is computed: from all logits, as the model does, or from a chunk
+    of tokens at a time, by torch's linear_cross_entropy and by checkpointing the head.
+    """
+    short = getattr(torch, args.dtype)
+
+    def chunked(x, W, targets):
+        x, options = x.flatten(0, 1).to(short), torch.nn.LinearCrossEntropyOptions(batch_chunk_size=args.loss_chunk)
+        return F.linear_cross_entropy(x, W.to(short), targets.flatten(), options=options)
+
+    def checkpointed(x, W, targets):
+        def part(x, W, targets):
+            return F.cross_entropy(F.linear(x, W), targets, reduction="sum")
+
+        parts = zip(x.flatten(0, 1).split(args.loss_chunk), targets.flatten().split(args.loss_chunk), strict=True)
+        total = sum(torch.utils.checkpoint.checkpoint(part, x, W, t, use_reentrant=False) for x, t in parts)
+        return total / targets.numel()
+
+    ways = {"all logits": None, "F.linear_cross_entropy": chunked, "checkpointed": checkpointed}
+    functions = {way: training_step(args, "MHA", function) for way, function in ways.items()}
+    result = {way: dict(step=statistics.median(step for *_, step in times))
+              for way, times in alternating(functions, args.rounds, warm_up=2).items()}  # fmt: skip
+    for way, step in functions.items():
+        result[way]["peak_mb"] = peak(step)
+    print(
+        markdown(["loss", "step, s", "peak, MB"], [[w, f"{r['step']:.3f}", f"{r['peak_mb']:.0f}"] for w, r in result.items()])
+    )
     return result
 
 
@@ -257,26 +343,31 @@ def taylor(args):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("steps", "lengths", "memory", "taylor"))
+    parser.add_argument("what", choices=("steps", "lengths", "memory", "loss", "taylor"))
     parser.add_argument("checkpoint", nargs="?", help="taylor: the folder of a run")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="the first is what the others are compared with")
     parser.add_argument("--depths", nargs="+", type=int, default=[6, 12, 24, 48])
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096])
-    sizes = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=257, batch_size=16)
-    for size, value in (sizes | dict(rounds=9, new_tokens=0, generations=3, sequences=8)).items():
+    for size, value in (BYTES | dict(rounds=9, new_tokens=0, generations=3, sequences=8, loss_chunk=256)).items():
         parser.add_argument(f"--{size}", type=int, default=value)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=short_dtype(DEVICE))
     parser.add_argument("--compile", action="store_true", help="compile the variants")
     parser.add_argument("--peak", action="store_true", help="steps: measure peak memory, a process for each row")
-    parser.add_argument("--out", default="results/bench.jsonl", help="JSON lines that the result is added to")
+    parser.add_argument("--nanogpt", metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")
+    parser.add_argument("--out", default="results/bench.json", help="the list that the result is added to")
     args = parser.parse_args(arguments)
     if unknown := set(args.variants) - set(VARIANTS):
         raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    result = dict(steps=steps, lengths=lengths, memory=memory, taylor=taylor)[args.what](args)
+    found = records.read(args.out)
+    result = dict(steps=steps, lengths=lengths, memory=memory, loss=loss, taylor=taylor)[args.what](args)
+    add(found, args, args.what, result)
+
+
+def add(found, args, what, result):
+    """Add a result to the records found in args.out."""
     made = checkpoint.made_with(DEVICE) | dict(threads=torch.get_num_threads())
-    with open(args.out, "a") as file:
-        file.write(json.dumps(dict(what=args.what, arguments=vars(args), made_with=made, result=result)) + "\n")
+    found.append(dict(what=what, arguments=vars(args), made_with=made, result=result))
+    records.write(args.out, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

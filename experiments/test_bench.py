@@ -1,15 +1,17 @@
 """experiments.bench: the correction that it measures, and its commands on tiny models."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
 from configurator import UserError
-from experiments import bench
+from experiments import bars, bench
 from model import GPT, VARIANTS, GPTConfig, newton_attention
-from test_train import TINY
+from test_train import TINY, run
 
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--rounds=2"]
 
@@ -35,16 +37,16 @@ def test_the_correction_is_what_tau_adds():
     assert 0 < negative_at_1.mean() < 1 and not torch.equal(negative, negative_at_1)
 
 
-def lines(path):
-    return [json.loads(text)["result"] for text in path.read_text().splitlines()]
+def results(path):
+    return [record["result"] for record in json.loads(path.read_text())]
 
 
 def test_taylor(data, tmp_path, capsys):
     for variant in ("MHA2nd1st", "MHA"):
         knobs = TINY | dict(data_dir=data, dataset="squares", out_dir=tmp_path / variant, variant=variant, max_iters=2)
         train.main([f"--{k}={v}" for k, v in knobs.items()])
-    bench.main(["taylor", str(tmp_path / "MHA2nd1st"), "--lengths", "8", "32", "64", f"--out={tmp_path / 'bench.jsonl'}"])
-    (found,) = lines(tmp_path / "bench.jsonl")
+    bench.main(["taylor", str(tmp_path / "MHA2nd1st"), "--lengths", "8", "32", "64", f"--out={tmp_path / 'bench.json'}"])
+    (found,) = results(tmp_path / "bench.json")
     assert set(found["lengths"]) == {"8", "32"} and 0 < found["lengths"]["8"]["size"] <= found["lengths"]["8"]["largest"]
     for arguments, message in (([], "out_dir"), ([str(tmp_path / "MHA")], "train one with --curvature=newton")):
         with pytest.raises(UserError, match=message):
@@ -55,14 +57,50 @@ def test_taylor(data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_bench(tmp_path):
-    out = f"--out={tmp_path / 'bench.jsonl'}"
+    out = f"--out={tmp_path / 'bench.json'}"
     bench.main(["steps", *SMALL, "--new_tokens=40", out])
     bench.main(["steps", *SMALL, "--block_size=256", "--variants", "MHA", "--peak", out])
     bench.main(["lengths", *SMALL, "--variants", "MHA", "LinearMHA", "--lengths", "16", "32", out])
     bench.main(["memory", *SMALL, "--depths", "2", "12", out])
-    steps, peaks, lengths, memory = lines(tmp_path / "bench.jsonl")
-    assert set(steps) == {*VARIANTS, bench.BASELINE}
+    bench.main(["loss", *SMALL, "--vocab_size=2048", "--loss_chunk=16", out])
+    steps, peaks, lengths, memory, loss = results(tmp_path / "bench.json")
+    assert set(steps) == {*VARIANTS, bench.NANOGPT}
     assert all(0 < r["forward"] < r["step"] and 0 < r["backward"] < r["step"] and r["generation"] > 0 for r in steps.values())
     assert set(lengths) == {"MHA", "LinearMHA"} and set(lengths["MHA"]) == {"16", "32"}
-    assert set(memory) == {"plain", "reversible"} and set(memory["plain"]) == {"2", "12"} and "peak_mb" in peaks[bench.BASELINE]
+    assert set(memory) == {"plain", "reversible"} and memory["plain"]["12"] > 3 * memory["plain"]["2"] > 0
+    assert peaks["MHA"]["peak_mb"] > 0 and len(loss) == 3
+    assert loss["all logits"]["peak_mb"] > loss["checkpointed"]["peak_mb"]
     assert (tmp_path / "bench_memory.png").exists() and (tmp_path / "bench_lengths.png").exists()
+
+
+def test_peak_is_what_autograd_holds():
+    """A step that holds one more MB from its forward to its backward pass has a peak higher by one MB."""
+
+    def step(mb):
+        def once():
+            x = torch.zeros(1 << 18, requires_grad=True)
+            y = [x.exp() for _ in range(mb)]  # autograd keeps each, 1 MB
+            sum(t.sum() for t in y).backward()
+
+        once.gradients = 1 << 20
+        return once
+
+    assert bench.peak(step(9)) - bench.peak(step(4)) == pytest.approx(5, abs=0.1)
+
+
+@pytest.mark.slow
+def test_no_promise_of_speed_is_missed_by_far(tmp_path):
+    """The ratios on this CPU, with room for whatever else it is doing."""
+    source = Path("../shared/data/minipile-standin")
+    command = ["-m", "experiments.bars", "--rounds=5", "--generations=1", "--margin=2", f"--out={tmp_path / 'bars.json'}"]
+    print(run(*command, *(["--source", source] if source.exists() else []), OMP_NUM_THREADS=str(os.cpu_count())))
+
+
+def test_a_missed_bar_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(bars.PARTS, "starting", lambda args: iter([("up", 1.4, ">=", 3.0), ("down", 1.4, "<=", 1.0)]))
+    command = ["starting", f"--out={tmp_path / 'bars.json'}"]
+    bars.main([*command, "--margin=2.2"])
+    for margin, missed in (("2", "up is 1.4, its bar >= 3"), ("1.3", "up is .*\ndown is 1.4, its bar <= 1")):
+        with pytest.raises(UserError, match=missed):
+            bars.main([*command, "--margin", margin])
+    assert len(results(tmp_path / "bars.json")) == 3  # what missed is on record as well

@@ -1,0 +1,213 @@
+"""
+The promises of speed, each beside what is measured here, by the means of experiments.bench:
+
+    python -m experiments.bars --nanogpt ../nanoGPT --compile
+    python -m experiments.bars training starting --margin 2        some of them, and an error for what misses its bar twofold
+
+The last line is an error if anything misses its bar by more than --margin. The table is added to --out. Nothing is measured in
+seconds alone: every number is a ratio of medians of things that alternate.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import UserError, cli
+from data import Split, Writer, get_tokenizer
+from experiments import bench, records
+from experiments.bench import BYTES, DEVICE, NANOGPT
+from experiments.records import markdown
+from train import short_dtype
+
+SIZES = BYTES if DEVICE == "cpu" else dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12)
+GPT30M = BYTES | dict(block_size=512, vocab_size=50304, batch_size=2)
+TRAINING = dict(bytes=(BYTES, 3.0), GPT30M=(GPT30M, 2.5)) if DEVICE == "cpu" else dict(GPT124M=(SIZES, 1.2))
+PRODUCT = 4096  # rows and columns of the matrices that show what the device can do
+
+
+def sized(args, sizes, **others):
+    return argparse.Namespace(**vars(args) | sizes | others)
+
+
+def medians(functions, rounds, warm_up=2):
+    """The median of what each function returns, called in turn; of a training step, its last number."""
+    found = bench.alternating(dict(enumerate(functions)), rounds, warm_up)
+    return [statistics.median(np.atleast_1d(value)[-1].item() for value in values) for values in found.values()]
+
+
+def training(args):
+    for name, (sizes, bar) in TRAINING.items():
+        steps = bench.rows(bench.training_step, sized(args, sizes), (NANOGPT, "MHA"))
+        nanogpt, ours, product = medians([*steps.values(), matrix_product(args)], args.rounds)
+        short = args.dtype != "float32"  # the promise is made for hardware that multiplies short numbers faster
+        yield f"training, {name}: tokens/s over nanoGPT's", nanogpt / ours, ">=", bar if short else 1.0
+        flops = bench.build(sized(args, sizes), "MHA")[0].flops_per_token() * sizes["batch_size"] * sizes["block_size"]
+        share = flops / ours * product / (2 * PRODUCT**3)
+        yield f"training, {name}: share of a {args.dtype} matrix product's FLOP/s", share, ">=", 0.5 * (DEVICE == "cuda")
+
+
+def matrix_product(args):
+    a = torch.randn(PRODUCT, PRODUCT, device=DEVICE).to(getattr(torch, args.dtype))
+
+    def product():
+        start = bench.synchronized()
+        a @ a
+        return bench.synchronized() - start
+
+    return product
+
+
+def overheads(args):
+    bars = dict(MomenMHA=1.05, NagMHA=1.05, YuriiFormer=1.05, LightMHA2nd1st=1.2)
+    base, *times = medians(bench.rows(bench.training_step, sized(args, SIZES), ("MHA", *bars)).values(), args.rounds)
+    for (name, bar), seconds in zip(bars.items(), times, strict=True):
+        yield f"{name}: step over MHA's", seconds / base, "<=", bar
+    long = sized(args, SIZES, block_size=1024, batch_size=4)
+    base, newton = medians(bench.rows(bench.training_step, long, ("MHA", "MHA2nd1st")).values(), args.rounds)
+    yield "MHA2nd1st: step over MHA's at 1,024 tokens", newton / base, "<=", 2.0
+
+
+def flatness(args):
+    for name in ("LinearMHA", "GatedLinearMHA"):
+        cells = [sized(args, SIZES, n_layer=2, block_size=T, batch_size=4096 // T) for T in (1024, 4096)]
+        short, long = medians([bench.training_step(cell, name) for cell in cells], args.rounds)
+        yield f"{name}: time per token at 4,096 tokens over 1,024", long / short, "<=", 1.1
+
+
+def generating(args):
+    args = sized(args, BYTES, block_size=1024, new_tokens=1000)
+    alone = bench.rows(bench.generation, args, (NANOGPT, "MHA"))
+    nanogpt, ours, eight = medians([*alone.values(), bench.generation(args, "MHA", batch=8)], args.generations, warm_up=0)
+    yield "generating 1,000 tokens, MHA: speed over nanoGPT's", nanogpt / ours, ">=", 10.0
+    yield "generating 8 texts at once, MHA: tokens/s over one text's", 8 * ours / eight, ">=", 2.0
+
+
+def positions(args):
+    for name in ("LinearMHA", "GatedLinearMHA"):
+        model = bench.build(sized(args, BYTES, block_size=4200), name)[0].eval()
+
+        def generate(past, new, model=model):
+            began = bench.synchronized()
+            model.generate(torch.zeros(1, past, dtype=torch.long, device=DEVICE), new)
+            return bench.synchronized() - began
+
+        # the first token reads the prompt
+        calls = [lambda past=past, new=new: generate(past, new) for past in (1, 4000) for new in (1, 201)]
+        first, early, prompt, late = medians(calls, args.rounds)
+        yield f"{name}: time of a new token after 4,000 over one after none", (late - prompt) / (early - first), "<=", 1.1
+
+
+def depth(args):
+    sizes = sized(args, BYTES, n_embd=256, n_head=4, batch_size=8)
+    choices = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=True)
+    shallow, deep = (bench.peak(bench.training_step(sizes, "MHA", **choices, n_layer=n)) for n in (6, 48))
+    yield "reversible: peak activation memory of 48 layers over 6", deep / shallow, "<=", 1.3
+
+
+def tiktoken_alone(source, part, parts):
+    """A function that tokenizes a part of the documents, already in memory, with tiktoken alone; it returns MB/s."""
+    import datasets
+
+    texts = datasets.load_dataset(source, split="train")["text"][part::parts]
+    encoding, size = get_tokenizer("gpt2"), sum(len(text.encode()) for text in texts)
+
+    def tokenize():
+        start = time.perf_counter()
+        for text in texts:
+            encoding.encode_to_numpy(text, disallowed_special=())
+        return size / 1e6 / (time.perf_counter() - start)
+
+    return tokenize
+
+
+def preparing(args):
+    workers = os.cpu_count()
+    alone = [bench.elsewhere(tiktoken_alone, args.source, part, workers) for part in range(workers)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        # the same text five times, as starting the workers is nothing beside MiniPile, a hundred times as long
+        for i, path in itertools.product(range(5), Path(args.source).resolve().rglob("*.parquet")):
+            os.makedirs(f"{folder}/source", exist_ok=True)
+            os.symlink(path, f"{folder}/source/{path.name.split('-')[0]}-{i}-{path.name}")
+
+        def prepare():
+            command = ["prepare.py", "bench", "--source", f"{folder}/source", "--out", folder, "--tokenizer=gpt2"]
+            result = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
+            return float(result.stdout.split()[-2])
+
+        ours, theirs = medians([prepare, lambda: sum(pool.map(lambda one: one(), alone))], args.generations, warm_up=1)
+    yield f"prepare: {ours:.1f} MB/s, over {workers} processes of tiktoken alone", ours / theirs, ">=", 0.9
+
+
+def loading(args):
+    with tempfile.TemporaryDirectory() as folder:
+        writer = Writer(folder, "train", np.uint16, 1 << 27)
+        writer.add(np.zeros(1 << 27, np.uint16))
+        meta = dict(tokenizer="bytes", vocab_size=257, dtype="uint16", bytes=dict(train=1, val=1))
+        records.write(os.path.join(folder, "meta.json"), json.dumps(meta | dict(shards=dict(train=writer.shards, val=[]))))
+        split, numbers = Split(folder, "train", SIZES["block_size"]), iter(range(1 << 40))
+
+        def batch():
+            start = time.perf_counter()
+            split.batch([next(numbers) for _ in range(SIZES["batch_size"])])
+            return time.perf_counter() - start
+
+        loading, step = medians([batch, bench.training_step(sized(args, SIZES), "MHA")], args.rounds)
+    yield "data: reading a batch over a training step", loading / step, "<=", 0.01
+
+
+def starting(args):
+    def start(command):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began
+
+    commands = ["-c", "import torch"], ["train.py", "--help"], ["sample.py", "--help"]
+    alone, train, sample = medians([lambda c=command: start(c) for command in commands], args.rounds, warm_up=1)
+    yield "train.py --help: seconds beyond importing torch", train - alone, "<=", 0.5
+    yield "sample.py --help: seconds beyond importing torch", sample - alone, "<=", 0.5
+
+
+PARTS = dict(training=training, overheads=overheads, flatness=flatness, generating=generating, positions=positions, depth=depth,
+             preparing=preparing, loading=loading, starting=starting)  # fmt: skip
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all")
+    parser.add_argument("--nanogpt", metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")
+    parser.add_argument("--source", metavar="DIR", help="preparing: text in the layout of MiniPile; without it, it is left out")
+    parser.add_argument("--compile", action="store_true", help="compile the variants")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=short_dtype(DEVICE))
+    parser.add_argument("--rounds", type=int, default=15, help="training steps, and starts of a program")
+    parser.add_argument("--generations", type=int, default=3, help="generated texts, and prepared data sets")
+    parser.add_argument("--margin", type=float, default=1.0, help="how far from its bar a ratio may be, as a factor")
+    parser.add_argument("--out", default="results/bench.json", help="the list that the result is added to")
+    args = parser.parse_args(arguments)
+    if unknown := set(args.parts) - set(PARTS):
+        raise UserError(f"{', '.join(unknown)} is none of {', '.join(PARTS)}")
+    found, table, missed = records.read(args.out), [], []
+    for name in args.parts or [name for name in PARTS if name != "preparing" or args.source]:
+        for what, value, sense, bar in PARTS[name](args):
+            table.append([what, f"{value:.3g}", f"{sense} {bar:g}"])
+            print(f"{value:8.3f}  {sense} {bar:<5g} {what}", flush=True)
+            if value < bar / args.margin if sense == ">=" else value > bar * args.margin:
+                missed.append(f"{what} is {value:.3g}, its bar {sense} {bar:g}")
+    print("\n" + markdown(["promise", "here", "bar"], table))
+    bench.add(found, args, "bars", table)
+    if missed:
+        raise UserError("\n".join(missed))
+
+
+if __name__ == "__main__":
+    cli(main)
