@@ -193,7 +193,8 @@ def softmax_attention(q, k, v, dropout=0.0, scale=None):
 
     scale: 1 / T, if T is not sqrt of q's width.
     """
-    if q.device.type == "cpu" and 1 < q.size(2) <= 512:  # here matrices take half the time of the fused kernel
+    # here matrices, though their logits are rounded to q's dtype, take half the time of the fused kernel's two passes
+    if q.device.type == "cpu" and 1 < q.size(2) <= 512:
         return F.dropout(weights(q, k, scale), dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1, scale=scale)
 
@@ -231,7 +232,7 @@ def newton_attention(q, k, v, tau, dropout=0.0, chunk=256):
 def light_attention(q, k, v, tau, dropout=0.0):
     """
     LightMHA2nd1st [Ren names it; form derived]: to first order 1 + tau s_j is exp(tau s_j), and p_j times an
-    exponential is attention at a moved query: two fused calls and O(T) memory for MHA2nd1st to first order in tau.
+    exponential is attention at a moved query: two calls of it, fused where it is, for MHA2nd1st to first order in tau.
 
         k̄ = A(q, K, K)        o = A(q + tau (k̄ - q), K, V)
     """
@@ -269,8 +270,7 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
 
         S_i = a_i S_{i-1} + k_i v_i^T        o_i = S_i^T q_i = sum_{j<=i} a_{j+1} ... a_i (q_i.k_j) v_j
 
-    One matrix product within the chunks of tokens and one over chunks, whose states decay and add up in the same way:
-    O(T hs (hs + chunk) + (T hs / chunk)^2) in time, of which the last term is small up to hundreds of chunks.
+    Matrix products within all chunks of tokens at once, the state S from chunk to chunk: O(T hs (hs + chunk)) in time.
     log_a: (B, nh, T), float32, <= 0. S: (B, nh, hs, hs), float32, after the tokens before q; None if there are none.
     Returns o and the S after the last token.
     """
@@ -281,12 +281,12 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
     chunk = min(chunk, T)
     q, k, v = (F.pad(t, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for t in (q, k, v))  # (B, nh, chunks, chunk, hs)
     b = F.pad(log_a, (0, -T % chunk)).unflatten(2, (-1, chunk)).cumsum(-1)  # log decay since the chunk began
-    KV = ((k * (b[..., -1:] - b).exp()[..., None]).mT @ v).to(b.dtype)  # what each chunk adds to S: (B, nh, chunks, hs, hs)
-    S = torch.zeros_like(KV[:, :, :1]) if S is None else S[:, :, None]
-    S = decays(F.pad(b[..., -1].cumsum(-1), (1, 0))) @ torch.cat((S, KV), 2).flatten(3)  # after 0, 1, 2, ... chunks
-    S = S.unflatten(3, KV.shape[3:])
-    o = (q @ k.mT * decays(b)) @ v + (q * b.exp()[..., None]) @ S[:, :, :-1]
-    return o.flatten(2, 3)[:, :, :T], S[:, :, -1].to(b.dtype)
+    KV = (k * (b[..., -1:] - b).exp()[..., None]).mT @ v  # what each chunk adds to S: (B, nh, chunks, hs, hs)
+    states = [torch.zeros_like(KV[:, :, 0], dtype=b.dtype) if S is None else S]  # after 0, 1, 2, ... chunks
+    for a, kv in zip(b[..., -1:, None].exp().unbind(2), KV.unbind(2), strict=True):
+        states.append(a * states[-1] + kv)
+    o = (q @ k.mT * decays(b)) @ v + (q * b.exp()[..., None]) @ torch.stack(states[:-1], 2)
+    return o.flatten(2, 3)[:, :, :T], states[-1]
 
 
 def decays(b):

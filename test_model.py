@@ -90,6 +90,8 @@ def test_softmax_attention_by_matrices_and_fused(T, kind, monkeypatch):
     torch.testing.assert_close(o, expected)
     grads = [torch.autograd.grad(out.sin().sum(), inputs) for out in (o, expected)]
     torch.testing.assert_close(*grads)
+    short = softmax_attention(*(t.bfloat16() for t in inputs), scale=0.7).double()
+    assert (short - expected).norm() < 0.01 * expected.norm()
 
 
 def test_with_keys_of_one_norm_both_energies_have_one_gradient():
@@ -681,6 +683,15 @@ def test_gates_and_states_stay_float32_under_autocast():
         assert attn.log_gate(torch.randn(2, 5, 16)).dtype == torch.float32
         attn(torch.randn(2, 5, 16), cache)
     assert cache.S.dtype == torch.float32
+
+
+def test_a_state_adds_up_small_numbers_under_autocast():
+    """600 times one more, which bfloat16 would round to 256."""
+    one, S = torch.ones(1, 1, 1, 2), None
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(600):
+            _, S = linear_attention(one, one, one, torch.zeros(1, 1, 1), S)
+    assert torch.equal(S, torch.full((1, 1, 2, 2), 600.0))
 
 
 def test_linear_attention_in_float16_does_not_overflow():

@@ -140,14 +140,13 @@ def short_dtype(kind):
 
 def keep_memory():
     """
-    On Linux, have malloc keep what a step frees for the next step. By default it returns large blocks to the system, and a
-    step on a CPU spends a fifth of its time on having them back, page by page.
+    Have glibc's malloc keep what a step frees for the next step, up to the end of the process. By default it returns large
+    blocks to the system, and a step on a CPU spends a fifth of its time on having them back, page by page.
     """
-    if sys.platform == "linux":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 # bf16 matrix products without sparsity, FLOP/s, by a part of the card's name (the makers' data sheets)

@@ -4,8 +4,8 @@ The promises of speed, each beside what is measured here, by the means of experi
     python -m experiments.bars --nanogpt ../nanoGPT --compile
     python -m experiments.bars training starting --margin 2        some of them, and an error for what misses its bar twofold
 
-The last line is an error if anything misses its bar by more than --margin. The table is added to --out. Nothing is measured in
-seconds alone: every number is a ratio of medians of things that alternate.
+The last line is an error if anything misses its bar by more than --margin. The table is added to --out. All numbers are
+ratios of medians of things that alternate, but for the start, a difference of such.
 """
 
 import argparse
@@ -52,9 +52,11 @@ def training(args):
         nanogpt, ours, product = medians([*steps.values(), matrix_product(args)], args.rounds)
         short = args.dtype != "float32"  # the promise is made for hardware that multiplies short numbers faster
         yield f"training, {name}: tokens/s over nanoGPT's", nanogpt / ours, ">=", bar if short else 1.0
+        if DEVICE == "cpu":
+            continue
         flops = bench.build(sized(args, sizes), "MHA")[0].flops_per_token() * sizes["batch_size"] * sizes["block_size"]
         share = flops / ours * product / (2 * PRODUCT**3)
-        yield f"training, {name}: share of a {args.dtype} matrix product's FLOP/s", share, ">=", 0.5 * (DEVICE == "cuda")
+        yield f"training, {name}: share of a {args.dtype} matrix product's FLOP/s", share, ">=", 0.5
 
 
 def matrix_product(args):
@@ -62,8 +64,9 @@ def matrix_product(args):
 
     def product():
         start = bench.synchronized()
-        a @ a
-        return bench.synchronized() - start
+        for _ in range(10):
+            a @ a
+        return (bench.synchronized() - start) / 10
 
     return product
 
@@ -80,7 +83,7 @@ def overheads(args):
 
 def flatness(args):
     for name in ("LinearMHA", "GatedLinearMHA"):
-        cells = [sized(args, SIZES, n_layer=2, block_size=T, batch_size=4096 // T) for T in (1024, 4096)]
+        cells = [sized(args, BYTES, n_layer=2, block_size=T, batch_size=4096 // T) for T in (1024, 4096)]
         short, long = medians([bench.training_step(cell, name) for cell in cells], args.rounds)
         yield f"{name}: time per token at 4,096 tokens over 1,024", long / short, "<=", 1.1
 
@@ -111,7 +114,9 @@ def positions(args):
 def depth(args):
     sizes = sized(args, BYTES, n_embd=256, n_head=4, batch_size=8)
     choices = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=True)
-    shallow, deep = (bench.peak(bench.training_step(sizes, "MHA", **choices, n_layer=n)) for n in (6, 48))
+    steps = [bench.training_step(sizes, "MHA", **choices, n_layer=n) for n in (6, 48)]
+    # without the gradients, all of which are there when it peaks
+    shallow, deep = (bench.peak(step) - step.gradients / 2**20 for step in steps)
     yield "reversible: peak activation memory of 48 layers over 6", deep / shallow, "<=", 1.3
 
 
@@ -142,7 +147,10 @@ def preparing(args):
 
         def prepare():
             command = ["prepare.py", "bench", "--source", f"{folder}/source", "--out", folder, "--tokenizer=gpt2"]
-            result = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
+            cache = dict(HF_DATASETS_CACHE=f"{folder}/cache")
+            result = subprocess.run(
+                [sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True, env=os.environ | cache
+            )
             return float(result.stdout.split()[-2])
 
         ours, theirs = medians([prepare, lambda: sum(pool.map(lambda one: one(), alone))], args.generations, warm_up=1)
@@ -162,8 +170,8 @@ def loading(args):
             split.batch([next(numbers) for _ in range(SIZES["batch_size"])])
             return time.perf_counter() - start
 
-        loading, step = medians([batch, bench.training_step(sized(args, SIZES), "MHA")], args.rounds)
-    yield "data: reading a batch over a training step", loading / step, "<=", 0.01
+        reading, step = medians([batch, bench.training_step(sized(args, SIZES), "MHA")], args.rounds)
+    yield "data: reading a batch over a training step", reading / step, "<=", 0.01
 
 
 def starting(args):
@@ -196,15 +204,16 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if unknown := set(args.parts) - set(PARTS):
         raise UserError(f"{', '.join(unknown)} is none of {', '.join(PARTS)}")
-    found, table, missed = records.read(args.out), [], []
+    records.read(args.out)  # or an error, before the work
+    table, missed = [], []
     for name in args.parts or [name for name in PARTS if name != "preparing" or args.source]:
         for what, value, sense, bar in PARTS[name](args):
             table.append([what, f"{value:.3g}", f"{sense} {bar:g}"])
             print(f"{value:8.3f}  {sense} {bar:<5g} {what}", flush=True)
-            if value < bar / args.margin if sense == ">=" else value > bar * args.margin:
+            if not (value >= bar / args.margin if sense == ">=" else value <= bar * args.margin):
                 missed.append(f"{what} is {value:.3g}, its bar {sense} {bar:g}")
     print("\n" + markdown(["promise", "here", "bar"], table))
-    bench.add(found, args, "bars", table)
+    bench.add(args, "bars", table)
     if missed:
         raise UserError("\n".join(missed))
 

@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import checkpoint
-import model as variants
+import model as definition
 from configurator import UserError, cli
 from experiments import records
 from experiments.plot import line, new_figure, save
@@ -67,7 +67,7 @@ def build(args, name, **choices):
             with contextlib.redirect_stdout(io.StringIO()):
                 model = nanogpt.GPT(nanogpt.GPTConfig(bias=False, dropout=0.0, **sizes))
         else:  # this process is the row's own
-            variants.softmax_attention = lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            definition.softmax_attention = lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=True)
             model = GPT(GPTConfig(bias=False, **sizes))
     return model.to(DEVICE), torch.compile(model, dynamic=False) if compiled else model
 
@@ -129,13 +129,13 @@ def generation(args, name, batch=1):
 
 
 def peak(step):
-    """MB that a training step holds at once beyond weights, optimizer state and gradients."""
+    """MB that a training step holds at once beyond weights and optimizer state: activations and gradients."""
     step()  # makes the optimizer state
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        return (torch.cuda.max_memory_allocated() - before - step.gradients) / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -144,15 +144,13 @@ def peak(step):
         with open(trace) as file:
             events = [e["args"] for e in json.load(file)["traceEvents"] if e["name"] == "[memory]"]
     before = events[0]["Total Allocated"] - events[0]["Bytes"]
-    return (max(e["Total Allocated"] for e in events) - before - step.gradients) / 2**20
+    return (max(e["Total Allocated"] for e in events) - before) / 2**20
 
 
 def serve(pipe, make, arguments):
     function = make(*arguments)
-    with contextlib.suppress(EOFError):  # nobody asks any more
-        while True:
-            pipe.recv()
-            pipe.send(function())
+    while pipe.recv():
+        pipe.send(function())
 
 
 def elsewhere(make, *arguments):
@@ -162,8 +160,11 @@ def elsewhere(make, *arguments):
     there.close()
 
     def function():
-        here.send(None)
-        return here.recv()
+        try:
+            here.send(True)
+            return here.recv()
+        except (EOFError, OSError):
+            raise UserError(f"the process of {make.__name__}{arguments[1:]} ended: its error is above") from None
 
     return function
 
@@ -191,7 +192,7 @@ def rows(make, args, names):
 
 
 def steps(args):
-    """For each row medians in seconds of forward, backward, step and generation, and the peak memory of a step in MB."""
+    """For each row medians in seconds of forward, backward, step and generation; for variants peak memory in MB."""
     names = [NANOGPT, *args.variants]
     times = alternating(rows(training_step, args, names), args.rounds, warm_up=2)
     result = {}
@@ -240,7 +241,7 @@ def lengths(args):
 
 
 def memory(args):
-    """Peak MB of activations by depth, for polyak on both sublayers, plain and reversible; a figure beside --out."""
+    """Peak MB of activations and gradients by depth, for polyak on both sublayers, plain and reversible; a figure."""
     result = {}
     for reversible in (False, True):
         points = result.setdefault("reversible" if reversible else "plain", {})
@@ -251,7 +252,7 @@ def memory(args):
     for i, (name, points) in enumerate(result.items()):
         ax.plot(points.keys(), points.values(), marker="o", label=name, **line(i))
         print(name, {n: round(mb) for n, mb in points.items()})
-    ax.set(xlabel="layers", ylabel="peak activation memory of a step (MB)", ylim=0, xticks=args.depths)
+    ax.set(xlabel="layers", ylabel="peak of activations and gradients (MB)", ylim=0, xticks=args.depths)
     ax.set_title(f"width {args.n_embd}, {args.batch_size} x {args.block_size} tokens")
     ax.legend()
     save(fig, os.path.splitext(args.out)[0] + "_memory.png")
@@ -261,9 +262,12 @@ def memory(args):
 def loss(args):
     """
     Seconds and peak MB of a step of MHA by how the loss is computed: from all logits, as the model does, or from a chunk
-    of tokens at a time, by torch's linear_cross_entropy and by checkpointing the head.
+    of tokens at a time, by torch's linear_cross_entropy and by checkpointing the head. Not compiled.
     """
     short = getattr(torch, args.dtype)
+
+    def whole(x, W, targets):
+        return F.cross_entropy(F.linear(x, W).flatten(0, 1), targets.flatten())
 
     def chunked(x, W, targets):
         x, options = x.flatten(0, 1).to(short), torch.nn.LinearCrossEntropyOptions(batch_chunk_size=args.loss_chunk)
@@ -277,7 +281,7 @@ def loss(args):
         total = sum(torch.utils.checkpoint.checkpoint(part, x, W, t, use_reentrant=False) for x, t in parts)
         return total / targets.numel()
 
-    ways = {"all logits": None, "F.linear_cross_entropy": chunked, "checkpointed": checkpointed}
+    ways = {"all logits": whole, "F.linear_cross_entropy": chunked, "checkpointed": checkpointed}
     functions = {way: training_step(args, "MHA", function) for way, function in ways.items()}
     result = {way: dict(step=statistics.median(step for *_, step in times))
               for way, times in alternating(functions, args.rounds, warm_up=2).items()}  # fmt: skip
@@ -352,19 +356,20 @@ def main(arguments):
         parser.add_argument(f"--{size}", type=int, default=value)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=short_dtype(DEVICE))
     parser.add_argument("--compile", action="store_true", help="compile the variants")
-    parser.add_argument("--peak", action="store_true", help="steps: measure peak memory, a process for each row")
+    parser.add_argument("--peak", action="store_true", help="steps: measure the variants' peak memory")
     parser.add_argument("--nanogpt", metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")
     parser.add_argument("--out", default="results/bench.json", help="the list that the result is added to")
     args = parser.parse_args(arguments)
     if unknown := set(args.variants) - set(VARIANTS):
         raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    found = records.read(args.out)
+    records.read(args.out)  # or an error, before the work
     result = dict(steps=steps, lengths=lengths, memory=memory, loss=loss, taylor=taylor)[args.what](args)
-    add(found, args, args.what, result)
+    add(args, args.what, result)
 
 
-def add(found, args, what, result):
-    """Add a result to the records found in args.out."""
+def add(args, what, result):
+    """Add a result to the records in args.out."""
+    found = records.read(args.out)
     made = checkpoint.made_with(DEVICE) | dict(threads=torch.get_num_threads())
     found.append(dict(what=what, arguments=vars(args), made_with=made, result=result))
     records.write(args.out, json.dumps(found, indent=1))

@@ -74,26 +74,43 @@ def test_bench(tmp_path):
 
 
 def test_peak_is_what_autograd_holds():
-    """A step that holds one more MB from its forward to its backward pass has a peak higher by one MB."""
+    """Of a step that keeps n MB from its forward to its backward pass."""
 
     def step(mb):
         def once():
-            x = torch.zeros(1 << 18, requires_grad=True)
             y = [x.exp() for _ in range(mb)]  # autograd keeps each, 1 MB
-            sum(t.sum() for t in y).backward()
+            loss = sum(t.sum() for t in y)
+            del y
+            loss.backward()
+            x.grad = None
 
-        once.gradients = 1 << 20
         return once
 
-    assert bench.peak(step(9)) - bench.peak(step(4)) == pytest.approx(5, abs=0.1)
+    x = torch.zeros(1 << 18, requires_grad=True)
+    for mb in (4, 9):
+        assert bench.peak(step(mb)) == pytest.approx(mb + 2, abs=1.1)  # and a gradient and what is added to it
 
 
 @pytest.mark.slow
-def test_no_promise_of_speed_is_missed_by_far(tmp_path):
+@pytest.mark.parametrize(
+    "margin, parts",
+    [
+        (1.5, ["training", "overheads"]),
+        (1.5, ["flatness", "depth", "loading"]),
+        (2.5, ["generating"]),
+        (1.5, ["positions", "starting"]),
+        (1.5, ["preparing"]),
+    ],
+)
+def test_no_promise_of_speed_is_missed_by_far(margin, parts, tmp_path):
     """The ratios on this CPU, with room for whatever else it is doing."""
     source = Path("../shared/data/minipile-standin")
-    command = ["-m", "experiments.bars", "--rounds=5", "--generations=1", "--margin=2", f"--out={tmp_path / 'bars.json'}"]
-    print(run(*command, *(["--source", source] if source.exists() else []), OMP_NUM_THREADS=str(os.cpu_count())))
+    command = ["-m", "experiments.bars", "--rounds=5", "--generations=1", f"--out={tmp_path / 'bars.json'}", *parts]
+    if "preparing" in parts:
+        if not source.exists():
+            pytest.skip(f"needs text in {source}")
+        command += ["--source", source]
+    run(*command, "--margin", margin, OMP_NUM_THREADS=str(os.cpu_count()))
 
 
 def test_a_missed_bar_is_an_error(tmp_path, monkeypatch):
