@@ -149,8 +149,9 @@ def peak(step):
 
 def serve(pipe, make, arguments):
     function = make(*arguments)
-    while pipe.recv():
-        pipe.send(function())
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while pipe.recv():
+            pipe.send(function())
 
 
 def elsewhere(make, *arguments):
