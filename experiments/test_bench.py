@@ -104,13 +104,14 @@ def test_peak_is_what_autograd_holds():
 )
 def test_no_promise_of_speed_is_missed_by_far(margin, parts, tmp_path):
     """The ratios on this CPU, with room for whatever else it is doing."""
-    source = Path("../shared/data/minipile-standin")
+    shared = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
     command = ["-m", "experiments.bars", "--rounds=5", "--generations=1", f"--out={tmp_path / 'bars.json'}", *parts]
     if "preparing" in parts:
-        if not source.exists():
-            pytest.skip(f"needs text in {source}")
-        command += ["--source", source]
-    run(*command, "--margin", margin, OMP_NUM_THREADS=str(os.cpu_count()))
+        if not shared.exists():
+            pytest.skip(f"needs text and GPT-2's tokenizer in {shared}")
+        command += ["--source", shared / "minipile-standin"]
+    env = dict(OMP_NUM_THREADS=str(os.cpu_count()), TIKTOKEN_CACHE_DIR=str(shared / "tiktoken_cache"))
+    run(*command, "--margin", margin, **env)
 
 
 def test_the_end_of_another_process_is_one_line():
