@@ -282,7 +282,7 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
     q, k, v = (F.pad(t, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for t in (q, k, v))  # (B, nh, chunks, chunk, hs)
     b = F.pad(log_a, (0, -T % chunk)).unflatten(2, (-1, chunk)).cumsum(-1)  # log decay since the chunk began
     KV = (k * (b[..., -1:] - b).exp()[..., None]).mT @ v  # what each chunk adds to S: (B, nh, chunks, hs, hs)
-    states = [torch.zeros_like(KV[:, :, 0], dtype=b.dtype) if S is None else S]  # after 0, 1, 2, ... chunks
+    states = [torch.zeros_like(KV[:, :, 0]) if S is None else S]  # after 0, 1, 2, ... chunks
     for a, kv in zip(b[..., -1:, None].exp().unbind(2), KV.unbind(2), strict=True):
         states.append(a * states[-1] + kv)
     o = (q @ k.mT * decays(b)) @ v + (q * b.exp()[..., None]) @ torch.stack(states[:-1], 2)
@@ -744,7 +744,7 @@ class GPT(nn.Module):
         """
         block_size, caches = self.config.block_size, None
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        with torch.inference_mode():  # less to do than with no_grad, and a token is a thousand small things to do
+        with torch.inference_mode():  # less overhead than no_grad, and a token is hundreds of tiny operations
             for _ in range(max_new_tokens):
                 if idx.size(1) > block_size:
                     logits, _ = self(idx[:, -block_size:])

@@ -203,6 +203,11 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if unknown := set(args.parts) - set(PARTS):
         raise UserError(f"{', '.join(unknown)} is none of {', '.join(PARTS)}")
+    if "preparing" in args.parts and not args.source:
+        raise UserError("preparing needs text in the layout of MiniPile: give its folder with --source")
+    for folder, holds in (args.source, ""), (args.nanogpt, "model.py"):
+        if folder and not os.path.exists(os.path.join(folder, holds)):
+            raise UserError(f"{os.path.join(folder, holds)} does not exist: give another --source or --nanogpt")
     records.read(args.out)  # or an error, before the work
     table, missed = [], []
     for name in args.parts or [name for name in PARTS if name != "preparing" or args.source]:

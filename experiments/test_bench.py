@@ -1,4 +1,4 @@
-"""experiments.bench: the correction that it measures, and its commands on tiny models."""
+"""experiments.bench and bars: what they measure, their commands on tiny models, and the promises themselves."""
 
 import json
 import os
@@ -127,3 +127,7 @@ def test_a_missed_bar_is_an_error(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=missed):
             bars.main([*command, "--margin", margin])
     assert len(results(tmp_path / "bars.json")) == 3  # what missed is on record as well
+    for wrong, words in ((["preparing"], "--source"), (["--nanogpt=nowhere"], "nowhere/model.py does not exist"),
+                         (["stating"], "stating is none of")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            bars.main([*wrong, f"--out={tmp_path / 'bars.json'}"])
