@@ -696,12 +696,11 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{past + idx.size(1)} tokens are more than block_size={self.config.block_size}: pass the last ones"
             )
-        t = self.transformer
-        pos = torch.arange(past, past + idx.size(1), device=idx.device)
-        x = t.drop(t.wte(idx) + t.wpe(pos))
+        t, here = self.transformer, slice(past, past + idx.size(1))
+        x = t.drop(t.wte(idx) + t.wpe.weight[here])
         if self.config.velocity_init == "zero":
             return x, torch.zeros_like(x)
-        v = t.drop(t.vte(idx) + t.vpe(pos))
+        v = t.drop(t.vte(idx) + t.vpe.weight[here])
         return (x + v if self.config.momentum == "none" else x), v  # EmbedControl: the same tables, and no velocity
 
     def layers(self):

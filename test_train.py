@@ -229,14 +229,15 @@ def test_a_checkpoint_of_nanogpt_loads(data, trained, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc's settings are those of Linux")
 def test_a_step_does_not_wait_for_pages():
-    """Page faults of blocks as large as activations, made and freed ten times after a first time."""
+    """Page faults of blocks as large as activations, made and freed ten times after the heap has grown to hold them."""
     code = """
 import resource, sys, torch, train
 if sys.argv[1] == "keep":
     train.keep_memory()
 def step():
     return [torch.ones(n << 20) for n in (1, 4, 16)]
-step()
+for _ in range(3):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     step()

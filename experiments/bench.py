@@ -79,10 +79,10 @@ def synchronized():
     return time.perf_counter()
 
 
-def training_step(args, name, loss=None, **choices):
+def training_step(args, name, loss_of=None, **choices):
     """
     A function that takes one training step on random tokens; it returns the seconds of forward, backward and all of it.
-    loss: a function of the head's inputs, its weight and the targets in place of the model's own.
+    loss_of: a function of the head's inputs, its weight and the targets in place of the model's own.
     """
     model, running = build(args, name, **choices)
     plain = name == NANOGPT and DEVICE == "cpu"
@@ -93,7 +93,7 @@ def training_step(args, name, loss=None, **choices):
     def step(idx=idx):
         times = [synchronized()]
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            value = loss(model.hidden(idx), model.lm_head.weight, idx) if loss else running(idx, idx)[1]
+            value = loss_of(model.hidden(idx), model.lm_head.weight, idx) if loss_of else running(idx, idx)[1]
         times.append(synchronized())
         value.backward()
         times.append(synchronized())

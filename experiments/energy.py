@@ -55,12 +55,10 @@ def table(energies):
 def draw(energies, found, config, title):
     """The figure. The linear energies have no attention weights, and theirs is the left column only."""
     entropy, attention, narrow = energies["entropy"], energies["attention"], energies["attention"] is None
-    fig = plt.figure(figsize=(4.5 if narrow else 10, 5.6), dpi=150, layout="constrained")
+    fig = plt.figure(figsize=(4.5 if narrow else 10, 5.6))
     fig.suptitle(title, fontsize=11, weight="bold")
     left, right = (fig, None) if narrow else fig.subfigures(1, 2, width_ratios=(2, 3))
     a, b, c = left.subplots(3, sharex=True)
-    for ax in a, b, c:
-        ax.grid(alpha=0.3)
 
     a.set_title("(a) free energy of the queries", fontsize=10)
     a.set_ylabel("(units of q·k)²" if narrow else "units of q·k")

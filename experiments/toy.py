@@ -217,13 +217,11 @@ def band(ax, x, curves, color, **style):
 
 def draw(problems, results, title):
     """A row a problem: loss by step, the problem's own panel, gradient norm by layer. results: {problem: {system: [run]}}."""
-    fig, axes = plt.subplots(2, 3, figsize=(10, 6), dpi=150, layout="constrained")
+    fig, axes = plt.subplots(2, 3, figsize=(10, 6))
     fig.suptitle(title, fontsize=10)
     for problem, (a, b, c) in zip(problems, axes, strict=True):
         runs = results[problem.name]
         colors = {system: f"C{i}" for i, system in enumerate(runs)}
-        for ax in a, b, c:
-            ax.grid(alpha=0.3)
         for system, seeds in runs.items():
             losses = [[e["loss"] for e in r["evaluations"][1:]] for r in seeds]  # untrained ones would set the scale
             band(a, seeds[0]["steps"][1:], losses, colors[system], label=system)
