@@ -146,12 +146,17 @@ def hub(args):
     if "text" not in data.column_names.get("train", ()):
         raise UserError(f"{name} has no split train with a column text, only {data.column_names}")
     if not any(SPLITS.get(split) == "val" for split in data):
-        yield from held_out((row["text"] for row in data["train"]), every=2000)
+        yield from held_out(texts(data["train"]), every=2000)
         return
     for split in data:
         if split in SPLITS:
-            for row in data[split]:
-                yield SPLITS[split], row["text"], True
+            for text in texts(data[split]):
+                yield SPLITS[split], text, True
+
+
+def texts(rows):
+    """The texts of a hub split, sixteen rows at a time: a third of the work of one at a time."""
+    return itertools.chain.from_iterable(batch["text"] for batch in rows.iter(16))
 
 
 def held_out(documents, every):
@@ -176,17 +181,17 @@ def batches(documents, size=1 << 18):
     yield batch
 
 
-def encode(tokenizer, batch):
-    """In a worker: for each split its tokens, documents and bytes in this batch."""
+def encode(tokenizer, dtype, batch):
+    """In a worker: for each split its tokens, as dtype, and its documents and bytes in this batch."""
     encoding, done = get_tokenizer(tokenizer), {}
-    end = np.array([encoding.eot_token], np.uint32)
+    end = np.array([encoding.eot_token])
     for split, text, ends in batch:
         tokens, count = done.setdefault(split, ([], collections.Counter()))
         tokens.append(encoding.encode_to_numpy(text, disallowed_special=()))
         if ends:
             tokens.append(end)
         count.update(documents=int(ends), bytes=len(text.encode()))
-    return {split: (np.concatenate(tokens), count) for split, (tokens, count) in done.items()}
+    return {split: (np.concatenate(tokens, dtype=dtype, casting="unsafe"), count) for split, (tokens, count) in done.items()}
 
 
 def in_order(pool, function, items, ahead):
@@ -245,7 +250,7 @@ def prepare(args):
     started, progress = time.time(), tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
     with ProcessPoolExecutor(args.workers, context) as pool:
-        for done in in_order(pool, functools.partial(encode, tokenizer), work, ahead=4 * args.workers):
+        for done in in_order(pool, functools.partial(encode, tokenizer, dtype), work, ahead=4 * args.workers):
             for split, (tokens, count) in done.items():
                 writers[split].add(tokens)
                 counts[split] += count
