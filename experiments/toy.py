@@ -83,7 +83,7 @@ class Regression:
     def draw(self, ax, runs, colors):
         for system, seeds in runs.items():
             band(ax, range(EXAMPLES), [r["evaluations"][-1]["by_examples"] for r in seeds], colors[system])
-        ax.plot(ridge(*self.held_out).cpu(), color="black", ls="--", lw=1)
+        ax.plot(ridge(*self.held_out), color="black", ls="--", lw=1)
         ax.set(xlabel="examples in the context", ylabel="final mean squared error", yscale="log")
 
     def columns(self):
@@ -96,7 +96,8 @@ def ridge(x, y):
     Squared errors, (EXAMPLES,), of the best predictor there is: the posterior mean of w given the first i examples, i = 0,
     1, ..., which is ridge regression with NOISE^2 over w's variance 1 / D as its weight (derived).
     """
-    errors, eye = [], D * NOISE**2 * torch.eye(D, device=x.device)
+    x, y = x.cpu().double(), y.cpu().double()  # in float32 the matrix of one example can be singular
+    errors, eye = [], D * NOISE**2 * torch.eye(D)
     for i in range(x.size(1)):
         X, Y = x[:, :i], y[:, :i]
         w = torch.linalg.solve(X.mT @ X + eye, X.mT @ Y)
