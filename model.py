@@ -193,9 +193,10 @@ def softmax_attention(q, k, v, dropout=0.0, scale=None):
 
     scale: 1 / T, if T is not sqrt of q's width.
     """
-    # here matrices, though their logits are rounded to q's dtype, take half the time of the fused kernel's two passes
-    if q.device.type == "cpu" and 1 < q.size(2) <= 512:
-        return F.dropout(weights(q, k, scale), dropout) @ v
+    # on a CPU matrices take half the time of the fused kernel's two passes, though their logits are rounded to q's dtype; to
+    # keep them for the backward pass doubles the activations at 2,048 tokens, so no further
+    if q.device.type == "cpu" and 1 < q.size(2) <= 2048:
+        return in_chunks(lambda q, k: weights(q, k, scale), q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1, scale=scale)
 
 
@@ -207,7 +208,19 @@ def weights(q, k, scale=None):
     return logits.softmax(-1).unflatten(0, q.shape[:2])
 
 
-def newton_attention(q, k, v, tau, dropout=0.0, chunk=256):
+def in_chunks(weigh, q, k, v, dropout, size=256):
+    """
+    sum_j w_j v_j with the matrix w = weigh(q, k), a chunk of queries at a time: that needs only the keys up to its last, and
+    not half of the work is done for keys that no query sees.
+    """
+    past, outputs = k.size(2) - q.size(2), []
+    for i in range(0, q.size(2), size):
+        seen = past + i + size
+        outputs.append(F.dropout(weigh(q[:, :, i : i + size], k[:, :, :seen]), dropout) @ v[:, :, :seen])
+    return torch.cat(outputs, 2)
+
+
+def newton_attention(q, k, v, tau, dropout=0.0):
     """
     MHA2nd1st [Ren; form derived]: a Newton step on the free energy of E_j = |q - k_j|^2 / 2, with its inverse Hessian
     (I - C/T)^-1, C = Cov_p(k), replaced by the Taylor polynomial I + C/T. This reweights attention:
@@ -215,24 +228,21 @@ def newton_attention(q, k, v, tau, dropout=0.0, chunk=256):
         u = k̄ - q        s_j = (k_j - k̄).u / T        w_j = p_j (1 + tau s_j)        o = sum_j w_j v_j
 
     tau: (nh, 1, 1). tau = 0 is softmax attention; tau = 1, v = k and keys of one norm make it the exact Taylor step.
-    A chunk of queries at a time, which needs only the keys up to its last.
     """
-    T, past, outputs = math.sqrt(q.size(3)), k.size(2) - q.size(2), []
-    for i in range(0, q.size(2), chunk):
-        q_ = q[:, :, i : i + chunk]
-        k_, v_ = (t[:, :, : past + i + chunk] for t in (k, v))
-        p = weights(q_, k_)  # (B, nh, chunk, keys)
-        kbar = p @ k_
-        u = (kbar - q_) * tau / T  # tau and 1 / T here, where there are fewest numbers to multiply
-        w = p * (u @ k_.mT + (1 - (u * kbar).sum(-1, keepdim=True)))
-        outputs.append(F.dropout(w, dropout) @ v_)
-    return torch.cat(outputs, 2)
+
+    def reweigh(q, k):
+        p = weights(q, k)
+        kbar = p @ k
+        u = (kbar - q) * tau / math.sqrt(q.size(3))  # tau and 1 / T here, where there are fewest numbers to multiply
+        return p * (u @ k.mT + (1 - (u * kbar).sum(-1, keepdim=True)))
+
+    return in_chunks(reweigh, q, k, v, dropout)
 
 
 def light_attention(q, k, v, tau, dropout=0.0):
     """
     LightMHA2nd1st [Ren names it; form derived]: to first order 1 + tau s_j is exp(tau s_j), and p_j times an
-    exponential is attention at a moved query: two calls of it, fused where it is, for MHA2nd1st to first order in tau.
+    exponential is attention at a moved query: two calls of it for MHA2nd1st to first order in tau.
 
         k̄ = A(q, K, K)        o = A(q + tau (k̄ - q), K, V)
     """
@@ -247,10 +257,13 @@ def huber_attention(q, k, v, delta, dropout=0.0):
 
         o = sum_j p_j min(1, delta / r_j) v_j        p_j = softmax_j(-E_j / T)        r_j = |q - k_j|
     """
-    T, r = math.sqrt(q.size(3)), distances(q, k)
-    p = (-huber(r, delta) / T).masked_fill(~causal(q, k), -math.inf).softmax(-1)
-    w = p * (delta / r).clamp(max=1)
-    return F.dropout(w, dropout) @ v
+
+    def pull(q, k):
+        r = distances(q, k)
+        logits = -huber(r, delta) / math.sqrt(q.size(3))
+        return logits.masked_fill(~causal(q, k), -math.inf).softmax(-1) * (delta / r).clamp(max=1)
+
+    return in_chunks(pull, q, k, v, dropout)
 
 
 def huber(r, delta):
@@ -321,6 +334,14 @@ class Scalar(nn.Module):
 
     def forward(self):
         return self.value if self.raw is None else self.map(self.raw)
+
+    def of_each(self, x):
+        """
+        A number for each token of x, (B, T, 1), if it is learned: its gradient is then summed in the passes over a token
+        that a norm makes anyway, not in passes of its own.
+        """
+        value = self()
+        return value if self.raw is None else value.expand(*x.shape[:2], 1)
 
 
 class Attention(nn.Module):
@@ -538,13 +559,13 @@ class Momentum(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias) if config.velocity_norm else nn.Identity()
 
     def forward(self, x, v, *oracles):
-        beta = self.beta()
-        eta = self.eta() if self.drift else 0.0
-        mu = self.mu() if self.mu is not None else eta * beta
+        beta = self.beta.of_each(x)
+        eta = self.eta.of_each(x) if self.drift else 0.0
+        mu = self.mu.of_each(x) if self.mu is not None else eta * beta
         y = x + mu * v if self.looks_ahead else x
         v = v if self.implicit else beta * v
         for gamma, oracle in zip(self.gamma, oracles, strict=True):
-            v = v + gamma() * oracle(y)
+            v = v + gamma.of_each(x) * oracle(y)
         v = beta * self.norm(v) if self.implicit else self.norm(v)
         return (x + eta * v if self.drift else x), v
 
@@ -625,7 +646,7 @@ class Reversible(torch.autograd.Function):
                             enabled=torch.is_autocast_enabled(x.device.type))  # fmt: skip
         x, v = x.double(), v.double()
         for rule, (oracle,) in steps:
-            x, v = rule(x, v, lambda x, oracle=oracle: oracle(x.to(ctx.input_dtype)))
+            x, v = rule(x, v, lambda x, oracle=oracle: oracle(x.to(ctx.input_dtype)).double())
         ctx.save_for_backward(x, v)
         return x.to(ctx.input_dtype)
 
@@ -638,7 +659,7 @@ class Reversible(torch.autograd.Function):
             x = x - rule.eta() * v
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 x.requires_grad_()
-                g = oracle(x.to(ctx.input_dtype))
+                g = oracle(x.to(ctx.input_dtype)).double()
                 v = ((v - rule.gamma[0]() * g) / rule.beta()).detach().requires_grad_()
                 x1, v1 = rule(x, v, lambda x, g=g: g)
             dx, dv, *d = torch.autograd.grad((x1, v1), (x, v, *grads), (dx, dv), allow_unused=True)
@@ -664,6 +685,16 @@ class Cache:
         return self.k[:, :, : self.n], self.v[:, :, : self.n]
 
 
+class Embedding(nn.Embedding):
+    """
+    nn.Embedding by a gather, (B, T) -> (B, T, C): torch.compile adds up a gather's gradient in a seventh of the time on a
+    CPU, where it makes an atomic addition for every number of nn.Embedding's.
+    """
+
+    def forward(self, idx):
+        return self.weight.gather(0, idx.flatten()[:, None].expand(-1, self.embedding_dim)).unflatten(0, idx.shape)
+
+
 class GPT(nn.Module):
     """
     Token and position tables, the stack of blocks, a final LayerNorm and a head tied to the token table. Weights start
@@ -676,7 +707,7 @@ class GPT(nn.Module):
         tables = dict(wte=config.vocab_size, wpe=config.block_size)
         if config.velocity_init == "embed":
             tables |= dict(vte=config.vocab_size, vpe=config.block_size)
-        self.transformer = nn.ModuleDict({name: nn.Embedding(n, config.n_embd) for name, n in tables.items()})
+        self.transformer = nn.ModuleDict({name: Embedding(n, config.n_embd) for name, n in tables.items()})
         self.transformer.drop = nn.Dropout(config.dropout)
         self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)

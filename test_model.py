@@ -1,5 +1,6 @@
 """The mathematics of model.py, against autograd of the energies, naive recurrences and another library."""
 
+import functools
 import math
 import re
 import runpy
@@ -11,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, hessian, jvp, vmap
 
+import model as definition
 from model import (
     AXES,
     GPT,
     VARIANTS,
     Cache,
+    Embedding,
     GPTConfig,
     Momentum,
     Scalar,
     huber_attention,
+    in_chunks,
     light_attention,
     linear_attention,
     newton_attention,
@@ -77,7 +81,7 @@ def test_softmax_attention_is_a_gradient_step():
     torch.testing.assert_close(softmax_attention(q, k, k), -by_query(grad(inner_product_energy), q, k))
 
 
-@pytest.mark.parametrize("T, kind", [(512, "matrices"), (600, "fused")])
+@pytest.mark.parametrize("T, kind", [(600, "matrices"), (2100, "fused")])
 def test_softmax_attention_by_matrices_and_fused(T, kind, monkeypatch):
     """Each against torch's reference implementation, in value, gradients and scale; and each where it should be used."""
     q, k, v = inputs = [torch.randn(1, 2, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
@@ -111,8 +115,23 @@ def test_newton_correction_is_the_derivative_of_attention_along_u():
     q, k, v = heads()
     u = softmax_attention(q, k, k) - q
     o, tangent = jvp(lambda q: by_query(lambda q, k, v: (k @ q / math.sqrt(len(q))).softmax(0) @ v, q, k, v), (q,), (u,))
-    for chunk in (1, 4, 9, 256):
-        torch.testing.assert_close(newton_attention(q, k, v, tau=0.7, chunk=chunk), o + 0.7 * tangent)
+    torch.testing.assert_close(newton_attention(q, k, v, tau=0.7), o + 0.7 * tangent)
+
+
+@pytest.mark.parametrize("attention", [softmax_attention, newton_attention, huber_attention])
+def test_chunks_of_queries_change_nothing(attention, monkeypatch):
+    """Chunks that divide the length and that don't, and some keys without queries; outputs and gradients."""
+    q, k, v = inputs = [t.requires_grad_() for t in heads()]
+    scalar = [] if attention is softmax_attention else [0.7]
+    for queries in q, q[:, :, 2:]:
+        whole = attention(queries, k, v, *scalar)
+        expected = torch.autograd.grad(whole.sin().sum(), inputs)
+        for size in 1, 3, 4, 8:
+            with monkeypatch.context() as patch:
+                patch.setattr(definition, "in_chunks", functools.partial(in_chunks, size=size))
+                o = attention(queries, k, v, *scalar)
+            torch.testing.assert_close(o, whole)
+            torch.testing.assert_close(torch.autograd.grad(o.sin().sum(), inputs), expected)
 
 
 def test_light_agrees_with_newton_to_first_order_in_tau_and_not_to_second():
@@ -707,6 +726,16 @@ def test_attention_drops_weights(attention):
     scalar = [] if attention is softmax_attention else [0.5]
     o = attention(q, k, v, *scalar, dropout=0.9)
     assert not torch.allclose(o, attention(q, k, v, *scalar))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_embedding_is_torchs(compiled):
+    """Values and gradient, tokens that repeat and one that never comes."""
+    table, idx = Embedding(7, 5), torch.tensor([[0, 6, 6, 1], [1, 6, 2, 3]])
+    found, expected = (torch.compile(table) if compiled else table)(idx), F.embedding(idx, table.weight)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(rows.sin().sum(), table.weight) for rows in (found, expected)]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.slow
