@@ -195,7 +195,7 @@ def encode(tokenizer, dtype, batch):
 
 
 def in_order(pool, function, items, ahead):
-    """map() over a pool that holds at most `ahead` items at a time, so that memory stays flat."""
+    """map() over a pool that holds at most `ahead` items at a time: flat memory, and work for as long as a shard is written."""
     pending = collections.deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -250,7 +250,7 @@ def prepare(args):
     started, progress = time.time(), tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
     with ProcessPoolExecutor(args.workers, context) as pool:
-        for done in in_order(pool, functools.partial(encode, tokenizer, dtype), work, ahead=4 * args.workers):
+        for done in in_order(pool, functools.partial(encode, tokenizer, dtype), work, ahead=64 * args.workers):
             for split, (tokens, count) in done.items():
                 writers[split].add(tokens)
                 counts[split] += count

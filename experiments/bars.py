@@ -139,8 +139,8 @@ def preparing(args):
     workers = os.cpu_count()
     alone = [bench.elsewhere(tiktoken_alone, args.source, part, workers) for part in range(workers)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-        # the same text five times, as starting the workers is nothing beside MiniPile, a hundred times as long
-        for i, path in itertools.product(range(5), Path(args.source).resolve().rglob("*.parquet")):
+        # the same text ten times, as starting the workers is nothing beside MiniPile
+        for i, path in itertools.product(range(10), Path(args.source).resolve().rglob("*.parquet")):
             os.makedirs(f"{folder}/source", exist_ok=True)
             os.symlink(path, f"{folder}/source/{path.name.split('-')[0]}-{i}-{path.name}")
 
