@@ -194,7 +194,7 @@ def softmax_attention(q, k, v, dropout=0.0, scale=None):
     scale: 1 / T, if T is not sqrt of q's width.
     """
     # on a CPU matrices take half the time of the fused kernel's two passes, though their logits are rounded to q's dtype; to
-    # keep them for the backward pass doubles the activations at 2,048 tokens, so no further
+    # keep them for the backward pass doubles the activations at 2,048 tokens (bfloat16), so no further
     if q.device.type == "cpu" and 1 < q.size(2) <= 2048:
         return in_chunks(lambda q, k: weights(q, k, scale), q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1, scale=scale)
@@ -210,8 +210,8 @@ def weights(q, k, scale=None):
 
 def in_chunks(weigh, q, k, v, dropout, size=256):
     """
-    sum_j w_j v_j with the matrix w = weigh(q, k), a chunk of queries at a time: that needs only the keys up to its last, and
-    not half of the work is done for keys that no query sees.
+    sum_j w_j v_j with the matrix w = weigh(q, k), a chunk of queries at a time: that needs only the keys up to its last, so
+    in sequences of several chunks little work is done for keys that a query does not see.
     """
     past, outputs = k.size(2) - q.size(2), []
     for i in range(0, q.size(2), size):
@@ -337,8 +337,8 @@ class Scalar(nn.Module):
 
     def of_each(self, x):
         """
-        A number for each token of x, (B, T, 1), if it is learned: its gradient is then summed in the passes over a token
-        that a norm makes anyway, not in passes of its own.
+        A number for each token of x, (B, T, 1), if it is learned: compiled, its gradient is then summed in the passes over a
+        token that a norm makes anyway, not in passes of its own.
         """
         value = self()
         return value if self.raw is None else value.expand(*x.shape[:2], 1)
@@ -687,11 +687,13 @@ class Cache:
 
 class Embedding(nn.Embedding):
     """
-    nn.Embedding by a gather, (B, T) -> (B, T, C): torch.compile adds up a gather's gradient in a seventh of the time on a
-    CPU, where it makes an atomic addition for every number of nn.Embedding's.
+    nn.Embedding, (B, T) -> (B, T, C), on a CPU by a gather: of nn.Embedding's own gradient torch.compile makes an atomic
+    addition for every number there, which takes several times as long.
     """
 
     def forward(self, idx):
+        if idx.device.type != "cpu":
+            return super().forward(idx)
         return self.weight.gather(0, idx.flatten()[:, None].expand(-1, self.embedding_dim)).unflatten(0, idx.shape)
 
 
@@ -835,7 +837,10 @@ class GPT(nn.Module):
         return dict(embedding=embedding, layers=total - embedding - scalars, scalars=scalars)
 
     def flops_per_token(self):
-        """Multiplications and additions of a training step (forward and twice that backward) per token of a full context."""
+        """
+        Multiplications and additions of a training step (forward and twice that backward) per token of a full context. Fused
+        attention is counted with all keys, attention in chunks with those that it multiplies.
+        """
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             idx = torch.zeros(1, self.config.block_size, dtype=torch.long)
             GPT(self.config)(idx, idx)

@@ -195,7 +195,7 @@ def encode(tokenizer, dtype, batch):
 
 
 def in_order(pool, function, items, ahead):
-    """map() over a pool that holds at most `ahead` items at a time: flat memory, and work for as long as a shard is written."""
+    """map() over a pool that holds at most `ahead` items at a time, so that memory stays flat."""
     pending = collections.deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -249,8 +249,9 @@ def prepare(args):
     counts = {split: collections.Counter() for split in writers}
     started, progress = time.time(), tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
+    ahead = 64 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
     with ProcessPoolExecutor(args.workers, context) as pool:
-        for done in in_order(pool, functools.partial(encode, tokenizer, dtype), work, ahead=64 * args.workers):
+        for done in in_order(pool, functools.partial(encode, tokenizer, dtype), work, ahead):
             for split, (tokens, count) in done.items():
                 writers[split].add(tokens)
                 counts[split] += count

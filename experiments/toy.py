@@ -97,7 +97,7 @@ def ridge(x, y):
     1, ..., which is ridge regression with NOISE^2 over w's variance 1 / D as its weight (derived).
     """
     x, y = x.cpu().double(), y.cpu().double()  # in float32 the matrix of one example can be singular
-    errors, eye = [], D * NOISE**2 * torch.eye(D)
+    errors, eye = [], D * NOISE**2 * torch.eye(D, dtype=x.dtype)
     for i in range(x.size(1)):
         X, Y = x[:, :i], y[:, :i]
         w = torch.linalg.solve(X.mT @ X + eye, X.mT @ Y)
