@@ -610,8 +610,8 @@ def test_reversible_gradients_are_those_of_plain_backprop(learned, dtype):
     """Over 24 layers, and through a looped stack."""
     for shape in (dict(n_layer=24), dict(n_layer=3, n_loop=3)):
         torch.manual_seed(0)
-        plain = GPT(GPTConfig(**REVERSIBLE | dict(reversible=False), learned=learned, n_head=2, n_embd=32, block_size=16,
-                              vocab_size=50, **shape))  # fmt: skip
+        plain = GPT(GPTConfig(**REVERSIBLE | dict(reversible=False, gamma=0.7), learned=learned, n_head=2, n_embd=32,
+                              block_size=16, vocab_size=50, **shape))  # fmt: skip
         reversible = GPT(GPTConfig(**vars(plain.config) | dict(reversible=True)))
         reversible.load_state_dict(plain.state_dict())
         idx = tokens(plain)
