@@ -169,8 +169,8 @@ def held_out(documents, every):
 # text -> tokens -> shards
 
 
-def batches(documents, size=1 << 18):
-    """Lists of documents of at least `size` characters together: enough work for one trip to a worker."""
+def batches(documents, size=1 << 20):
+    """Lists of documents of at least `size` characters together: enough work that the trip to a worker is little."""
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
@@ -183,14 +183,15 @@ def batches(documents, size=1 << 18):
 
 def encode(tokenizer, dtype, batch):
     """In a worker: for each split its tokens, as dtype, and its documents and bytes in this batch."""
-    encoding, done = get_tokenizer(tokenizer), {}
+    encoding, done = get_tokenizer(tokenizer), collections.defaultdict(lambda: ([], collections.Counter()))
     end = np.array([encoding.eot_token])
     for split, text, ends in batch:
-        tokens, count = done.setdefault(split, ([], collections.Counter()))
+        tokens, count = done[split]
         tokens.append(encoding.encode_to_numpy(text, disallowed_special=()))
         if ends:
             tokens.append(end)
-        count.update(documents=int(ends), bytes=len(text.encode()))
+        count["documents"] += ends
+        count["bytes"] += len(text.encode())
     return {split: (np.concatenate(tokens, dtype=dtype, casting="unsafe"), count) for split, (tokens, count) in done.items()}
 
 
@@ -249,7 +250,7 @@ def prepare(args):
     counts = {split: collections.Counter() for split in writers}
     started, progress = time.time(), tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
-    ahead = 64 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
+    ahead = 16 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
     with ProcessPoolExecutor(args.workers, context) as pool:
         for done in in_order(pool, functools.partial(encode, tokenizer, dtype), work, ahead):
             for split, (tokens, count) in done.items():

@@ -119,11 +119,11 @@ def depth(args):
     yield "reversible: peak activation memory of 48 layers over 6", deep / shallow, "<=", 1.3
 
 
-def tiktoken_alone(source, part, parts):
-    """A function that tokenizes a part of the documents, already in memory, with tiktoken alone; it returns MB/s."""
+def tiktoken_alone(source, part, parts, copies):
+    """A function that tokenizes copies of a part of the documents, already in memory, with tiktoken alone; returns MB/s."""
     import datasets
 
-    texts = datasets.load_dataset(source, split="train")["text"][part::parts]
+    texts = datasets.load_dataset(source, split="train")["text"][part::parts] * copies
     encoding, size = get_tokenizer("gpt2"), sum(len(text.encode()) for text in texts)
 
     def tokenize():
@@ -135,12 +135,11 @@ def tiktoken_alone(source, part, parts):
     return tokenize
 
 
-def preparing(args):
+def preparing(args, copies=10):  # starting the workers is nothing beside MiniPile
     workers = os.cpu_count()
-    alone = [bench.elsewhere(tiktoken_alone, args.source, part, workers) for part in range(workers)]
+    alone = [bench.elsewhere(tiktoken_alone, args.source, part, workers, copies) for part in range(workers)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-        # the same text ten times, as starting the workers is nothing beside MiniPile
-        for i, path in itertools.product(range(10), Path(args.source).resolve().rglob("*.parquet")):
+        for i, path in itertools.product(range(copies), Path(args.source).resolve().rglob("*.parquet")):
             os.makedirs(f"{folder}/source", exist_ok=True)
             os.symlink(path, f"{folder}/source/{path.name.split('-')[0]}-{i}-{path.name}")
 
