@@ -1,5 +1,6 @@
 """Text to shards to batches, and the command line: what prepare.py, data.py and configurator.py promise."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -100,16 +101,23 @@ def test_the_default_is_a_megabyte_of_text_and_its_meta_is_true(tmp_path):
 
 
 def test_shards_depend_on_nothing_but_text_and_size(tmp_path):
-    """1 or 2 workers and a second run give identical files; smaller shards hold the same tokens, and are replaced."""
+    """
+    1 or 2 workers and a second run give identical files, the documents in the source's order; smaller shards hold the same
+    tokens, and are replaced.
+    """
     one, two = (tmp_path / out / "lis" for out in ("one", "two"))
     for arguments in ("--out=one --workers=1", "--out=two --workers=2 --shard_tokens=100000", "--out=two --workers=2"):
-        done = shell("lis", "--documents=15000", *arguments.split(), cwd=tmp_path)
+        done = shell("lis", "--documents=60000", *arguments.split(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         if "--shard_tokens=100000" in arguments:
             lengths = [shard["tokens"] for shard in read_meta(two)["shards"]["train"]]
             assert len(lengths) > 3 and set(lengths[:-1]) == {100_000}
             for split in ("train", "val"):
                 np.testing.assert_array_equal(tokens(one, split), tokens(two, split))
+    assert sum(read_meta(one)["bytes"].values()) > 2 << 20  # several batches
+    source = list(prepare.lis(argparse.Namespace(seed=0, documents=60_000)))
+    for split in ("train", "val"):
+        assert documents(one, split) == [text for its, text, _ in source if its == split]
     assert hashes(one) == hashes(two)
     assert sorted(os.listdir(one)) == sorted(os.listdir(two)) == ["meta.json", "train_000.npy", "val_000.npy"]
 
