@@ -440,7 +440,7 @@ class TiedAttention(nn.Module):
         W_Q = self.c_attn.weight.chunk(2)[0]
         k = self.project(x, 1)
         if cache is not None:
-            k, _ = cache.extend(k, k)
+            (k,) = cache.extend(k)
         moved = 0.0
         for s in range(self.config.inner_steps):
             q = self.project(x + moved, 0)
@@ -671,18 +671,19 @@ class Reversible(torch.autograd.Function):
 
 
 class Cache:
-    """What one attention remembers of the tokens before: their keys and values, or the state S of a linear energy."""
+    """What one attention remembers of the tokens before: keys and, if they differ, values, or a linear energy's state S."""
 
     def __init__(self, block_size):
         self.block_size, self.n, self.S = block_size, 0, None
 
-    def extend(self, k, v):
-        """Append k and v, (B, nh, t, hs), and return all that were appended."""
+    def extend(self, *new):
+        """Append each of new, (B, nh, t, hs), to what was appended in its place before, and return these."""
         if self.n == 0:
-            self.k, self.v = (t.new_empty(*t.shape[:2], self.block_size, t.size(3)) for t in (k, v))
-        past, self.n = self.n, self.n + k.size(2)
-        self.k[:, :, past : self.n], self.v[:, :, past : self.n] = k, v
-        return self.k[:, :, : self.n], self.v[:, :, : self.n]
+            self.kept = [t.new_empty(*t.shape[:2], self.block_size, t.size(3)) for t in new]
+        past, self.n = self.n, self.n + new[0].size(2)
+        for kept, t in zip(self.kept, new, strict=True):
+            kept[:, :, past : self.n] = t
+        return [kept[:, :, : self.n] for kept in self.kept]
 
 
 class Embedding(nn.Embedding):
