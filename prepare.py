@@ -234,6 +234,7 @@ def main(arguments):
 
 def prepare(args):
     """Write the shards and then meta.json."""
+    started = time.time()
     source = text_files if args.input else dict(pydoc=pydoc, lis=lis).get(args.name, hub)
     tokenizer = args.tokenizer or ("gpt2" if source is hub else "bytes")
     encoding = get_tokenizer(tokenizer)
@@ -248,7 +249,7 @@ def prepare(args):
 
     writers = {split: Writer(folder, split, dtype, args.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter() for split in writers}
-    started, progress = time.time(), tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
+    progress = tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
     ahead = 16 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
     with ProcessPoolExecutor(args.workers, context) as pool:

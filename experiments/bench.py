@@ -1,7 +1,7 @@
 """
 What each variant costs, beside nanoGPT.
 
-    python -m experiments.bench steps --block_size 1024 --batch_size 4          all variants: training step, memory, generation
+    python -m experiments.bench steps --peak --new_tokens 1000                  all variants: training step, memory, generation
     python -m experiments.bench lengths --variants MHA MHA2nd1st LinearMHA      time per token by sequence length
     python -m experiments.bench memory                                          peak memory by depth, plain and reversible
     python -m experiments.bench loss --vocab_size 50304                         the loss with and without the table of logits
@@ -41,7 +41,8 @@ from model import GPT, VARIANTS, GPTConfig, causal
 from train import keep_memory, short_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
+if DEVICE == "cuda":
+    torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
 NANOGPT = "nanoGPT"
 BYTES = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=257, batch_size=16)
 
