@@ -107,7 +107,9 @@ def read_meta(folder):
             kinds += [(shard[key], kind) for shard in meta["shards"][split] for key, kind in SHARD.items()]
         sound = all(type(value) is kind and (kind is str or value > 0) for value, kind in kinds)
     except OSError:
-        raise UserError(f"no finished data set in {folder}: run python prepare.py {name}") from None
+        raise UserError(
+            f"no finished data set in {folder}: run python prepare.py {name}, for text of your own with --input or --source"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:

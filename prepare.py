@@ -240,25 +240,25 @@ def prepare(args):
     encoding = get_tokenizer(tokenizer)
     dtype = np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32
     folder = os.path.join(args.out, args.name.split("/")[-1])
-    work = batches(source(args))
-    work = itertools.chain([next(work)], work)  # a source that cannot be read fails here, before old shards go
-    os.makedirs(folder, exist_ok=True)
-    for old in Path(folder).glob("meta.json"), Path(folder).glob("*.npy*"):  # meta.json first: from here on unfinished
-        for path in old:
-            path.unlink()
-
     writers = {split: Writer(folder, split, dtype, args.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter() for split in writers}
-    progress = tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
+    function, work = functools.partial(encode, tokenizer, dtype), batches(source(args))
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
     ahead = 16 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
     with ProcessPoolExecutor(args.workers, context) as pool:
-        for done in in_order(pool, functools.partial(encode, tokenizer, dtype), work, ahead):
+        pool.map(function, [[]] * args.workers)  # the workers start while the source is opened
+        work = itertools.chain([next(work)], work)  # a source that cannot be read fails here, before old shards go
+        os.makedirs(folder, exist_ok=True)
+        for old in Path(folder).glob("meta.json"), Path(folder).glob("*.npy*"):  # meta.json first: from here on unfinished
+            for path in old:
+                path.unlink()
+        progress = tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
+        for done in in_order(pool, function, work, ahead):
             for split, (tokens, count) in done.items():
                 writers[split].add(tokens)
                 counts[split] += count
                 progress.update(count["bytes"])
-    progress.close()
+        progress.close()
     for split, writer in writers.items():
         writer.flush()
         if not writer.shards:

@@ -293,7 +293,7 @@ def test_a_killed_run_leaves_no_meta_and_is_repeated_exactly(here, tmp_path):
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(os.listdir(folder)) == ["train_000.npy", "train_001.npy"]
-    with pytest.raises(UserError, match=r"run python prepare\.py lis$"):
+    with pytest.raises(UserError, match=r"run python prepare\.py lis, "):
         Split(folder, "train", 8)
     assert hashes(here(*command)) == expected
 
