@@ -211,7 +211,7 @@ def gpt2(name):
     except (OSError, ValueError) as error:
         raise UserError(
             f"init_from={name} is neither scratch, resume nor a checkpoint X.pt, and transformers cannot load it: "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from None
     c = model.config
     sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size)

@@ -677,7 +677,7 @@ class Cache:
         self.block_size, self.n, self.S = block_size, 0, None
 
     def extend(self, *new):
-        """Append each of new, (B, nh, t, hs), to what was appended in its place before, and return these."""
+        """Append each of new, (B, nh, t, its width), to what is kept of its kind, and return all that is kept."""
         if self.n == 0:
             self.kept = [t.new_empty(*t.shape[:2], self.block_size, t.size(3)) for t in new]
         past, self.n = self.n, self.n + new[0].size(2)

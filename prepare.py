@@ -23,9 +23,12 @@ import os
 import platform
 import random
 import re
+import signal
 import sysconfig
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +184,17 @@ def batches(documents, size=1 << 20):
     yield batch
 
 
+def start_worker():
+    """In a worker: leave Ctrl-C to the process that feeds it, and end when that is killed, which its queue does not tell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def encode(tokenizer, dtype, batch):
     """In a worker: for each split its tokens, as dtype, and its documents and bytes in this batch."""
     encoding, done = get_tokenizer(tokenizer), collections.defaultdict(lambda: ([], collections.Counter()))
@@ -226,10 +240,14 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if min(args.workers, args.shard_tokens, args.documents) < 1:
         parser.error("--workers, --shard_tokens and --documents must be at least 1")
+    if Path(args.name).name in ("", ".."):
+        parser.error(f"{args.name!r} names no folder below {args.out}")
     try:
         prepare(args)
     except OSError as error:
         raise UserError(f"cannot prepare {args.name}: {error}; free some space or choose another --out") from None
+    except BrokenProcessPool:
+        raise UserError(f"cannot prepare {args.name}: a worker was killed, for want of memory? Take fewer --workers") from None
 
 
 def prepare(args):
@@ -239,26 +257,27 @@ def prepare(args):
     tokenizer = args.tokenizer or ("gpt2" if source is hub else "bytes")
     encoding = get_tokenizer(tokenizer)
     dtype = np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32
-    folder = os.path.join(args.out, args.name.split("/")[-1])
+    folder = os.path.join(args.out, Path(args.name).name)
+    work = batches(source(args))
+    first = next(work)  # a source that cannot be read or is empty fails here, before old shards go
+    if not first:
+        raise UserError(f"there is no text in {args.name}: give some")
+    os.makedirs(folder, exist_ok=True)
+    for old in Path(folder).glob("meta.json"), Path(folder).glob("*.npy*"):  # meta.json first: from here on unfinished
+        for path in old:
+            path.unlink()
+
     writers = {split: Writer(folder, split, dtype, args.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter() for split in writers}
-    function, work = functools.partial(encode, tokenizer, dtype), batches(source(args))
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
     ahead = 16 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
-    with ProcessPoolExecutor(args.workers, context) as pool:
-        pool.map(function, [[]] * args.workers)  # the workers start while the source is opened
-        work = itertools.chain([next(work)], work)  # a source that cannot be read fails here, before old shards go
-        os.makedirs(folder, exist_ok=True)
-        for old in Path(folder).glob("meta.json"), Path(folder).glob("*.npy*"):  # meta.json first: from here on unfinished
-            for path in old:
-                path.unlink()
-        progress = tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
-        for done in in_order(pool, function, work, ahead):
+    progress = tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
+    with progress, ProcessPoolExecutor(args.workers, context, start_worker) as pool:
+        for done in in_order(pool, functools.partial(encode, tokenizer, dtype), itertools.chain([first], work), ahead):
             for split, (tokens, count) in done.items():
                 writers[split].add(tokens)
                 counts[split] += count
                 progress.update(count["bytes"])
-        progress.close()
     for split, writer in writers.items():
         writer.flush()
         if not writer.shards:

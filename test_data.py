@@ -51,7 +51,7 @@ def shell(*arguments, cwd, **options):
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """prepare.py within this process, with threads for workers; returns the folder that it wrote."""
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", lambda workers, *spawn: ThreadPoolExecutor(workers))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
     def run(*arguments):
@@ -237,7 +237,7 @@ def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
     """Documents 2,000 and 4,000 of 4,100, and the others for training in their order."""
     texts = [f"story {i}" for i in range(1, 4101)]
     parquet(tmp_path / "copy", text=texts)
-    done = shell("owner/stories", "--source=copy", "--tokenizer=bytes", "--workers=1", cwd=tmp_path)
+    done = shell("owner/stories/", "--source=copy", "--tokenizer=bytes", "--workers=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert documents(tmp_path / "data" / "stories", "val") == [texts.pop(1999), texts.pop(3998)]
     assert documents(tmp_path / "data" / "stories", "train") == texts
@@ -258,7 +258,9 @@ def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
         ("owner/old --tokenizer=bytes", ("owner/old", "network", "--source DIR")),
         ("old --shard_tokens=0 --input=copy", ("--shard_tokens", "at least 1")),
         ("old --inputs=copy", ("--inputs", "--help")),
-        ("old --out=file --input=copy", ("file", "--out")),
+        ("old --input=copy", ("no text in old",)),
+        ("old/.. --input=copy", ("'old/..'", "folder below")),
+        ("old --out=file --input=file", ("file", "--out")),
     ],
 )
 def test_errors_are_one_line_and_leave_the_old_data_alone(arguments, says, tmp_path):
@@ -277,19 +279,19 @@ def test_errors_are_one_line_and_leave_the_old_data_alone(arguments, says, tmp_p
 
 
 def test_a_killed_run_leaves_no_meta_and_is_repeated_exactly(here, tmp_path):
-    """Killed at its third shard, on top of an older data set: unfinished, until the same command ends well."""
+    """Killed at its third shard, on top of an older data set: its worker ends, it is unfinished until repeated."""
     command = ["lis", "--documents=1000", "--shard_tokens=10000"]
     expected = hashes(here(*command))
     folder = here(*command, "--seed=1")
     assert hashes(folder) != expected
     killing = (
         "import os, prepare, sys; flush = prepare.Writer.flush\n"
-        "prepare.Writer.flush = lambda self: flush(self) if len(self.shards) < 2 else os.killpg(0, 9)\n"
+        "prepare.Writer.flush = lambda self: flush(self) if len(self.shards) < 2 else os.kill(os.getpid(), 9)\n"
         "prepare.main(sys.argv[1:])"
     )
     killed = subprocess.run(
         [sys.executable, "-c", killing, *command, "--workers=1", f"--out={tmp_path}"],
-        env=offline(tmp_path), capture_output=True, start_new_session=True,
+        env=offline(tmp_path), capture_output=True, timeout=60,  # a worker that lives on keeps these pipes open
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(os.listdir(folder)) == ["train_000.npy", "train_001.npy"]

@@ -301,7 +301,7 @@ def train(cfg, signals=()):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a missing or broken compiler raises, the model runs without it
-            say(f"torch.compile failed ({str(error).splitlines()[0]}): going on without it")
+            say(f"torch.compile failed ({(str(error) or type(error).__name__).splitlines()[0]}): going on without it")
             running = model
         model.zero_grad(set_to_none=True)
     if world > 1:

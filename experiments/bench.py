@@ -1,7 +1,7 @@
 """
 What each variant costs, beside nanoGPT.
 
-    python -m experiments.bench steps --peak --new_tokens 1000                  all variants: training step, memory, generation
+    python -m experiments.bench steps --peak                                    all variants: training step and its memory
     python -m experiments.bench lengths --variants MHA MHA2nd1st LinearMHA      time per token by sequence length
     python -m experiments.bench memory                                          peak memory by depth, plain and reversible
     python -m experiments.bench loss --vocab_size 50304                         the loss with and without the table of logits
@@ -45,6 +45,7 @@ if DEVICE == "cuda":
     torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
 NANOGPT = "nanoGPT"
 BYTES = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=257, batch_size=16)
+POLYAK = dict(momentum="polyak", momentum_on="both", beta=0.9)  # what reversible can invert
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,8 +249,7 @@ def memory(args):
     for reversible in (False, True):
         points = result.setdefault("reversible" if reversible else "plain", {})
         for n_layer in args.depths:
-            choices = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=reversible, n_layer=n_layer)
-            points[n_layer] = peak(training_step(args, "MHA", **choices))
+            points[n_layer] = peak(training_step(args, "MHA", **POLYAK, reversible=reversible, n_layer=n_layer))
     fig, ax = new_figure()
     for i, (name, points) in enumerate(result.items()):
         ax.plot(points.keys(), points.values(), marker="o", label=name, **line(i))
