@@ -244,7 +244,7 @@ def main(arguments):
             table.append([what, f"{value:.4g}", f"{sense} {bar:g}"])
             print(f"{value:8.3f}  {sense} {bar:<5g} {what}", flush=True)
             if not (value >= bar / args.margin if sense == ">=" else value <= bar * args.margin):
-                missed.append(f"{what} is {value:.3g}, its bar {sense} {bar:g}")
+                missed.append(f"{what} is {value:.4g}, its bar {sense} {bar:g}")
     print("\n" + markdown(["promise", "here", "bar"], table))
     bench.add(args, "bars", table)
     if missed:
