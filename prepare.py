@@ -7,8 +7,8 @@ Text -> token shards in data/NAME (the format is data.py's).
     python prepare.py minipile                                        a hub data set: minipile, tinystories, openwebtext
     python prepare.py owner/name --tokenizer gpt2 --source DIR        any other one, here from a local copy
 
-Documents stream through worker processes and out to disk; memory does not grow with the corpus, and the shards do not
-depend on the number of workers.
+Worker processes tokenize batches of documents, and this one writes them to disk in their order; memory does not grow with the
+corpus, and the shards do not depend on the number of workers.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,11 @@ from configurator import UserError, cli
 from data import Writer, get_tokenizer, replacing
 
 HUB = dict(minipile="JeanKaddour/minipile", tinystories="roneneldan/TinyStories", openwebtext="Skylion007/openwebtext")
+BATCH = 1 << 20  # characters or bytes of text that a worker has at once: enough that the way to it is little
 SPLITS = dict(train="train", val="val", valid="val", validation="val")  # a file's or a hub split's name -> ours
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sources: generators of (split, text, whether a document ends here)
+# sources: generators of documents or pieces of them, (split, text, whether a document ends here)
 
 
 def pydoc(args):
@@ -133,14 +135,17 @@ def pieces(path, start, stop, size=1 << 14):
 
 
 def hub(args):
-    """A data set of the hub, or a local copy of one: its splits train and validation, or one document in 2,000 held out."""
+    """
+    Batches of documents of a data set of the hub, or of a local copy of one: its splits train and validation, or one document
+    in 2,000 held out.
+    """
     if args.source and not Path(args.source).exists():
         raise UserError(f"--source {args.source} does not exist")
     import datasets
 
     name = args.source or HUB.get(args.name, args.name)
     try:
-        data = datasets.load_dataset(name, args.config)
+        data = datasets.load_dataset(name, args.config, keep_in_memory=False)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"cannot load the data set {name}: {' '.join(str(error).split())}; connect to the network, "
@@ -148,23 +153,46 @@ def hub(args):
         ) from None
     if "text" not in data.column_names.get("train", ()):
         raise UserError(f"{name} has no split train with a column text, only {data.column_names}")
-    if not any(SPLITS.get(split) == "val" for split in data):
-        yield from held_out(texts(data["train"]), every=2000)
-        return
-    for split in data:
-        if split in SPLITS:
-            for text in texts(data[split]):
-                yield SPLITS[split], text, True
+    every = None if any(SPLITS.get(split) == "val" for split in data) else 2000
+    for split in [split for split in data if split in SPLITS]:
+        start = 0
+        for file in data[split].cache_files:
+            column = texts(file["filename"])
+            size = 1 + BATCH * len(column) // max(1, column.nbytes)
+            for first in range(0, len(column), size):
+                yield Rows(file["filename"], first, size, SPLITS[split], every, start + first)
+            start += len(column)
 
 
-def texts(rows):
-    """The texts of a hub split, sixteen rows at a time: a third of the work of one at a time."""
-    return itertools.chain.from_iterable(batch["text"] for batch in rows.iter(16))
+@functools.cache
+def texts(path):
+    """The column text of an Arrow file, memory-mapped."""
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()["text"]
 
 
-def held_out(documents, every):
+@dataclass
+class Rows:
+    """A batch of documents that a worker reads itself, so that no text goes through a pipe."""
+
+    path: str
+    first: int
+    size: int
+    split: str
+    every: int | None  # one document in `every` is held out
+    start: int  # the number of the first in its split
+
+    def __iter__(self):
+        documents = texts(self.path).slice(self.first, self.size).to_pylist()
+        if self.every:
+            return held_out(documents, self.every, self.start)
+        return ((self.split, text, True) for text in documents)
+
+
+def held_out(documents, every, start=0):
     """One document in `every` goes to the validation split."""
-    for i, document in enumerate(documents):
+    for i, document in enumerate(documents, start):
         yield "val" if i % every == every - 1 else "train", document, True
 
 
@@ -172,8 +200,8 @@ def held_out(documents, every):
 # text -> tokens -> shards
 
 
-def batches(documents, size=1 << 20):
-    """Lists of documents of at least `size` characters together: enough work that the trip to a worker is little."""
+def batches(documents, size=BATCH):
+    """Lists of documents, of at least `size` characters together; the last may be empty."""
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
@@ -240,6 +268,8 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if min(args.workers, args.shard_tokens, args.documents) < 1:
         parser.error("--workers, --shard_tokens and --documents must be at least 1")
+    if args.source and (args.input or args.name in ("pydoc", "lis")):
+        parser.error("--source is a copy of a hub data set: name that, as in minipile --source DIR")
     if Path(args.name).name in ("", ".."):
         parser.error(f"{args.name!r} names no folder below {args.out}")
     try:
@@ -253,15 +283,15 @@ def main(arguments):
 def prepare(args):
     """Write the shards and then meta.json."""
     started = time.time()
-    source = text_files if args.input else dict(pydoc=pydoc, lis=lis).get(args.name, hub)
-    tokenizer = args.tokenizer or ("gpt2" if source is hub else "bytes")
+    source = text_files if args.input else dict(pydoc=pydoc, lis=lis).get(args.name)
+    tokenizer = args.tokenizer or ("bytes" if source else "gpt2")
     encoding = get_tokenizer(tokenizer)
     dtype = np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32
     folder = os.path.join(args.out, Path(args.name).name)
-    work = batches(source(args))
-    first = next(work)  # a source that cannot be read or is empty fails here, before old shards go
+    work = batches(source(args)) if source else hub(args)
+    first = next(work, None)  # a source that cannot be read or is empty fails here, before old shards go
     if not first:
-        raise UserError(f"there is no text in {args.name}: give some")
+        raise UserError(f"there is no text in {args.name}: give some, as .txt or .md where --input is a folder")
     os.makedirs(folder, exist_ok=True)
     for old in Path(folder).glob("meta.json"), Path(folder).glob("*.npy*"):  # meta.json first: from here on unfinished
         for path in old:

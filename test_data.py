@@ -234,8 +234,9 @@ def parquet(folder, **columns):
 
 
 def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
-    """Documents 2,000 and 4,000 of 4,100, and the others for training in their order."""
-    texts = [f"story {i}" for i in range(1, 4101)]
+    """Documents 2,000 and 4,000 of 4,100, and the others for training in their order, over several batches."""
+    texts = [f"story {i:4} " * 100 for i in range(1, 4101)]
+    assert sum(map(len, texts)) > 4 * prepare.BATCH
     parquet(tmp_path / "copy", text=texts)
     done = shell("owner/stories/", "--source=copy", "--tokenizer=bytes", "--workers=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -258,6 +259,7 @@ def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
         ("owner/old --tokenizer=bytes", ("owner/old", "network", "--source DIR")),
         ("old --shard_tokens=0 --input=copy", ("--shard_tokens", "at least 1")),
         ("old --inputs=copy", ("--inputs", "--help")),
+        ("--source=copy", ("--source", "minipile")),
         ("old --input=copy", ("no text in old",)),
         ("old/.. --input=copy", ("'old/..'", "folder below")),
         ("old --out=file --input=file", ("file", "--out")),
