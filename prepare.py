@@ -44,7 +44,7 @@ BATCH = 1 << 20  # characters or bytes of text that a worker has at once: enough
 SPLITS = dict(train="train", val="val", valid="val", validation="val")  # a file's or a hub split's name -> ours
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sources: generators of documents or pieces of them, (split, text, whether a document ends here)
+# sources: generators of documents or pieces of them, (split, text, whether a document ends here); hub() of batches of these
 
 
 def pydoc(args):
@@ -153,15 +153,15 @@ def hub(args):
         ) from None
     if "text" not in data.column_names.get("train", ()):
         raise UserError(f"{name} has no split train with a column text, only {data.column_names}")
-    every = None if any(SPLITS.get(split) == "val" for split in data) else 2000
+    has_val = any(SPLITS.get(split) == "val" for split in data)
     for split in [split for split in data if split in SPLITS]:
-        start = 0
+        before = 0  # rows in the files before this one
         for file in data[split].cache_files:
             column = texts(file["filename"])
             size = 1 + BATCH * len(column) // max(1, column.nbytes)
             for first in range(0, len(column), size):
-                yield Rows(file["filename"], first, size, SPLITS[split], every, start + first)
-            start += len(column)
+                yield Rows(file["filename"], first, size, before + first, SPLITS[split] if has_val else None)
+            before += len(column)
 
 
 @functools.cache
@@ -179,14 +179,13 @@ class Rows:
     path: str
     first: int
     size: int
-    split: str
-    every: int | None  # one document in `every` is held out
-    start: int  # the number of the first in its split
+    number: int  # of the first in its split
+    split: str | None  # None: one document in 2,000 is held out
 
     def __iter__(self):
         documents = texts(self.path).slice(self.first, self.size).to_pylist()
-        if self.every:
-            return held_out(documents, self.every, self.start)
+        if self.split is None:
+            return held_out(documents, 2000, self.number)
         return ((self.split, text, True) for text in documents)
 
 
@@ -200,13 +199,13 @@ def held_out(documents, every, start=0):
 # text -> tokens -> shards
 
 
-def batches(documents, size=BATCH):
-    """Lists of documents, of at least `size` characters together; the last may be empty."""
+def batches(documents):
+    """Lists of documents, of at least BATCH characters together; the last may be shorter, or empty."""
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
         characters += len(document[1])
-        if characters >= size:
+        if characters >= BATCH:
             yield batch
             batch, characters = [], 0
     yield batch

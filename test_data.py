@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -230,16 +231,18 @@ def parquet(folder, **columns):
     import pyarrow.parquet
 
     (folder / "data").mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "data" / "train-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "data" / "train-00000-of-00001.parquet", row_group_size=700)
 
 
 def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
-    """Documents 2,000 and 4,000 of 4,100, and the others for training in their order, over several batches."""
+    """Documents 2,000 and 4,000 of 4,100, and the others for training in their order, over several batches and Arrow files."""
     texts = [f"story {i:4} " * 100 for i in range(1, 4101)]
     assert sum(map(len, texts)) > 4 * prepare.BATCH
     parquet(tmp_path / "copy", text=texts)
-    done = shell("owner/stories/", "--source=copy", "--tokenizer=bytes", "--workers=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    small = "import datasets, prepare, sys; datasets.config.MAX_SHARD_SIZE = '2MB'; prepare.main(sys.argv[1:])"
+    command = [sys.executable, "-c", small, "owner/stories/", "--source=copy", "--tokenizer=bytes", "--workers=1"]
+    subprocess.run(command, cwd=tmp_path, env=offline(tmp_path), check=True, capture_output=True, timeout=60)
+    assert len(list((tmp_path / "hf").rglob("*.arrow"))) > 1
     assert documents(tmp_path / "data" / "stories", "val") == [texts.pop(1999), texts.pop(3998)]
     assert documents(tmp_path / "data" / "stories", "train") == texts
 
@@ -300,6 +303,24 @@ def test_a_killed_run_leaves_no_meta_and_is_repeated_exactly(here, tmp_path):
     with pytest.raises(UserError, match=r"run python prepare\.py lis, "):
         Split(folder, "train", 8)
     assert hashes(here(*command)) == expected
+
+
+@pytest.mark.parametrize(
+    "event, code, says",
+    [
+        ("prepare.Writer.add = lambda *_: os.killpg(0, 2) or time.sleep(9)", 130, ""),  # Ctrl-C, which all processes get
+        (
+            "prepare.in_order = lambda pool, *_: pool.submit(os._exit, 1).result()",
+            1,
+            "error: .* a worker was killed.*--workers\n",
+        ),
+    ],
+)
+def test_the_end_of_a_process_is_a_line_at_most(event, code, says, tmp_path):
+    ending = f"import configurator, os, prepare, sys, time; {event}; configurator.cli(prepare.main)"
+    command = [sys.executable, "-c", ending, "lis", "--documents=1000", "--workers=2", f"--out={tmp_path}"]
+    done = subprocess.run(command, env=offline(tmp_path), capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert done.returncode == code and re.fullmatch(says, done.stderr), done.stderr
 
 
 def test_a_full_disk_is_one_line_and_no_meta(tmp_path):

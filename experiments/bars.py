@@ -130,9 +130,8 @@ def tiktoken_alone(source, part, parts, copies):
     encoding, size = get_tokenizer("gpt2"), sum(map(len, documents))
 
     def tokenize():
-        texts = [
-            document.decode() for document in documents
-        ]  # anew: a string keeps its UTF-8 once made, which spares a second pass
+        # anew, as in prepare: a string keeps its UTF-8 once that is made, and a second pass over the same would be faster
+        texts = [document.decode() for document in documents]
         start = time.perf_counter()
         for text in texts:
             encoding.encode_to_numpy(text, disallowed_special=())
@@ -149,9 +148,7 @@ def preparing(args, copies=20):  # so many that starting weighs little, as it do
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.workers) as pool:
         os.mkdir(f"{folder}/source")
         for i, path in itertools.product(range(copies), paths):
-            split, rest = path.name.split(
-                "-", 1
-            )  # the name begins with its split; were it there twice, datasets would read it twice
+            split, rest = path.name.split("-", 1)  # a name that held its split twice would be read twice
             os.symlink(path, f"{folder}/source/{split}-{i}-{rest}")
         command = [sys.executable, "prepare.py", "bench", "--tokenizer=gpt2", f"--source={folder}/source", f"--out={folder}"]
         cache = dict(HF_DATASETS_CACHE=f"{folder}/cache")
@@ -163,12 +160,8 @@ def preparing(args, copies=20):  # so many that starting weighs little, as it do
             return float(result.stdout.split()[-2])
 
         ours, theirs = medians([prepare, lambda: sum(pool.map(lambda one: one(), alone))], args.generations, warm_up=1)
-    yield (
-        f"prepare of a data set once loaded: {ours:.1f} MB/s, over {args.workers} process(es) of tiktoken alone",
-        ours / theirs,
-        ">=",
-        0.9,
-    )
+    what = f"prepare of a data set once loaded: {ours:.1f} MB/s, over {args.workers} process(es) of tiktoken alone"
+    yield what, ours / theirs, ">=", 0.9
 
 
 def loading(args):
