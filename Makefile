@@ -1,6 +1,7 @@
-# make demo: text -> tokens -> a trained model -> its loss curve and a sample. make test: everything that is checked.
+# make demo: text -> tokens -> a trained model -> its loss curve and a sample. make test: the tests, in three minutes.
 PYTHON ?= python3
 BIN = .venv/bin
+PYTEST = $(BIN)/python -m pytest -n logical
 
 demo: .venv/core
 	$(BIN)/python prepare.py pydoc
@@ -9,7 +10,15 @@ demo: .venv/core
 	$(BIN)/python sample.py --out_dir=out/demo --start="The following functions" --max_new_tokens=400
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# the slow ones after the others: processes that are killed, two of them at once, compilers, the README's commands
+test-all: test
+	$(PYTEST) -m slow
+
+# speed; NANOGPT=DIR, a clone of github.com/karpathy/nanoGPT, and SOURCE=DIR, text in MiniPile's layout, complete it
+bench: .venv/dev
+	$(BIN)/python -m experiments.bars --compile $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(SOURCE),--source $(SOURCE))
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -24,4 +33,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test test-all bench lint

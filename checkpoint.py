@@ -4,21 +4,37 @@ and surgery, which turns a trained MHA into another system without changing its 
 """
 
 import contextlib
+import math
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import textwrap
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
 
-from configurator import UserError
-from data import replacing
+from files import replacing
+from guard import UserError
 from model import GPT, GPTConfig
+
+
+@dataclass
+class Progress:
+    """What a run carries from step to step beside its weights and optimizers. A checkpoint holds it under these names."""
+
+    step: int = 0  # steps taken
+    seconds: float = 0.0  # spent on them
+    best_loss: float = math.inf  # least validation loss
+    running_mean: float = 0.0  # of the training loss
+    high: int = 0  # steps in a row whose loss was over twice that
+
+    @classmethod
+    def of(cls, state):
+        """As it is in a checkpoint. Raises LookupError, TypeError or ValueError for what is no checkpoint of train.py."""
+        return cls(**{field.name: type(field.default)(state[field.name]) for field in fields(cls)})
 
 
 def save(folder, state, best):
@@ -76,23 +92,6 @@ def made_with(device):
     return software | dict(hardware=hardware, commit=commit)
 
 
-def pick_device(name, say=lambda text: print(text, file=sys.stderr)):
-    """
-    The device of this name; for auto CUDA if there is a card, else the CPU. Where a card is asked for and there is none it is
-    the CPU too, which say() tells. Raises UserError for a name that is none.
-    """
-    try:
-        kind = torch.device("cpu" if name == "auto" else name).type
-    except RuntimeError:
-        raise UserError(f"device={name!r} is none of auto, cpu, cuda, cuda:1, mps") from None
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        say(f"device={name}, but torch {torch.__version__} sees no CUDA card: going on with the CPU")
-        return "cpu"
-    return name
-
-
 def load(path, device="cpu"):
     """
     What save() wrote to path, or the model that nanoGPT saved there. Raises UserError if there is nothing, or nothing that
@@ -131,6 +130,20 @@ def fitting(path):
         raise
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not fit: {textwrap.shorten(f'{type(error).__name__}: {error}', 300)}") from None
+
+
+def differences(state, cfg, data):
+    """
+    What in a run's configuration and data (its fingerprint) is not as in the checkpoint `state` and would make another run of
+    it: a list of texts, empty if it can be resumed. Raises LookupError or TypeError for what is no checkpoint of train.py.
+    """
+    then, now = state["config"], asdict(cfg)
+    there = dict(data=state["data"]) | {k: then[k] for k in ("optimizer", "seed")} | state["model_config"]
+    here = now | dict(data=data)
+    for k in ("gradient_accumulation_steps", "eval_iters"):  # what a step, and an evaluation, are made of
+        there[f"batch_size * {k}"], here[f"batch_size * {k}"] = (c["batch_size"] * c[k] for c in (then, now))
+    # surgery may have made another model than the configuration says: either is right
+    return [f"{k}={v}, not {here[k]}" for k, v in there.items() if here[k] not in (v, then.get(k, v))]
 
 
 def restore(optimizer, saved):

@@ -16,19 +16,7 @@ import tomllib
 import types
 import typing
 
-
-class UserError(Exception):
-    """Something that the user can put right; its text says what is wrong and what to do."""
-
-
-def cli(main):
-    """Run main(arguments); a UserError ends the process with its text on standard error and exit code 1."""
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+from guard import UserError
 
 
 def parse(cls, arguments):
@@ -79,10 +67,19 @@ def read_toml(path):
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
+def bare(type_):
+    """X of X | None, and any other type itself."""
+    return typing.get_args(type_)[0] if typing.get_origin(type_) in (types.UnionType, typing.Union) else type_
+
+
 def convert(value, type_):
     """value, a TOML value or a command line's text, as type_. Raises ValueError."""
-    if isinstance(type_, types.UnionType):  # X | None
-        return None if value == "None" else convert(value, type_.__args__[0])
+    if bare(type_) is not type_:
+        return None if value == "None" else convert(value, bare(type_))
+    if typing.get_origin(type_) is typing.Literal:
+        if value not in typing.get_args(type_):
+            raise ValueError
+        return value
     if isinstance(value, str) and type_ is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if isinstance(value, str) and type_ in (int, float):
@@ -95,17 +92,21 @@ def convert(value, type_):
 
 
 def describe(type_):
-    if isinstance(type_, types.UnionType):
-        return f"{describe(type_.__args__[0])} or None"
+    if bare(type_) is not type_:
+        return f"{describe(bare(type_))} or None"
+    if typing.get_origin(type_) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(type_))}"
     return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[type_]
 
 
 def help_text(cls):
-    """The module's docstring, then a line a knob: name, default, meaning."""
+    """The module's docstring, then a line for each knob: name, default, meaning and, of a choice, its values."""
     lines = [inspect.getdoc(sys.modules[cls.__module__]), "", "knobs (--name=value):"]
     meanings = {}
     for base in reversed(cls.__mro__[:-1]):
         meanings |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
     for field in dataclasses.fields(cls):
-        lines.append(f"  {field.name + '=' + str(field.default):34} {meanings[field.name]}")
+        kind = bare(typing.get_type_hints(cls)[field.name])
+        names = ", ".join(name or '""' for name in typing.get_args(kind))
+        lines.append(f"  {field.name + '=' + str(field.default):34} {meanings[field.name]}{names and ': ' + names}")
     return "\n".join(lines)

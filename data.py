@@ -6,7 +6,6 @@ token ids, uint16 when the vocabulary fits and uint32 otherwise, and every docum
 token. meta.json is written last, so a folder without it is unfinished.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -16,7 +15,8 @@ import random
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from files import replacing, sha256
+from guard import UserError
 
 SHARD = dict(file=str, tokens=int, sha256=str)  # what meta.json says of a shard
 SAMPLE = 1 << 28  # bytes of shards that are read through before a run
@@ -42,29 +42,6 @@ def get_tokenizer(name):
         ) from None
 
 
-@contextlib.contextmanager
-def replacing(path, before=lambda temporary: None):
-    """
-    A binary file that takes the place of path when the block ends well: complete or not at all, and on the disk. Just before
-    it does, before() is called with the name that it has until then.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        before(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)  # what it holds may be what filled the disk
-        raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
 class Writer:
     """Collects the tokens of one split and writes a shard whenever shard_tokens are there."""
 
@@ -88,11 +65,6 @@ class Writer:
                 np.save(file, tokens)
             self.shards.append(dict(file=name, tokens=self.used, sha256=sha256(os.path.join(self.folder, name))))
             self.used = 0
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_meta(folder):

@@ -1,16 +1,29 @@
-"""What stands between a run and the world around it: signals that ask it to stop, and errors in the user's terms."""
+"""
+What stands between the programs and the world around them: errors in the user's terms, signals that ask a run to stop, and
+losses that jump.
+"""
 
 import contextlib
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 
-import torch
-import torch.distributed as dist
 
-from configurator import UserError
+class UserError(Exception):
+    """Something that the user can put right; its text says what is wrong and what to do."""
+
+
+def cli(main):
+    """Run main(arguments); a UserError ends the process with its text on standard error and exit code 1."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextlib.contextmanager
@@ -48,7 +61,10 @@ def stop_signals():
 
 @contextlib.contextmanager
 def plain_errors(cfg):
-    """What a full disk, too little memory or a lost process make torch and Python raise, as a UserError."""
+    """What a full disk, too little memory or a lost process make torch and Python raise in a run, as a UserError."""
+    import torch  # here, since prepare.py needs a UserError and no torch
+    import torch.distributed as dist
+
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -67,3 +83,16 @@ def plain_errors(cfg):
         else:
             raise
         raise UserError(text) from None
+
+
+def spike(run, loss):
+    """
+    Note a step's training loss in run, a checkpoint.Progress. Returns a text when the loss is over twice its running mean for
+    the third step in a row, otherwise None.
+    """
+    run.high = run.high + 1 if 0 < 2 * run.running_mean < loss else 0
+    if run.high == 0:
+        run.running_mean = run.running_mean + (loss - run.running_mean) / 100 if run.running_mean else loss
+    if run.high == 3:
+        return f"the loss, {loss:.4f}, is over twice its running mean, {run.running_mean:.4f}, for 3 steps"
+    return None

@@ -36,8 +36,9 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from configurator import UserError, cli
-from data import Writer, get_tokenizer, replacing
+from data import Writer, get_tokenizer
+from files import replacing
+from guard import UserError, cli
 
 HUB = dict(minipile="JeanKaddour/minipile", tinystories="roneneldan/TinyStories", openwebtext="Skylion007/openwebtext")
 BATCH = 1 << 20  # characters or bytes of text that a worker has at once: enough that the way to it is little

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
-from configurator import UserError, cli, parse
+from configurator import parse
 from data import get_tokenizer
+from device import pick_device
+from guard import UserError, cli
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Config:
 
 def main(arguments):
     cfg = parse(Config, arguments)
-    device = checkpoint.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     choices = {} if cfg.n_loop is None else dict(n_loop=cfg.n_loop)
     model, state = checkpoint.load_model(os.path.join(cfg.out_dir, cfg.ckpt), device, **choices)
     tokenizer = get_tokenizer(state["tokenizer"])

@@ -1,9 +1,14 @@
-"""The mathematics of model.py, against autograd of the energies, naive recurrences and another library."""
+"""
+The mathematics of model.py, against autograd of the energies, naive recurrences and another library.
+
+EQUATIONS holds, for every value of every axis, what the model must compute, written as plainly as it can be. A new value needs
+one too: a test asks for it. A new row of VARIANTS needs golden losses, which `python test_model.py NAME` prints.
+"""
 
 import functools
 import math
 import re
-import runpy
+import sys
 
 import pytest
 import torch
@@ -12,16 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, hessian, jvp, vmap
 
+import conftest
 import model as definition
+from conftest import REVERSIBLE
+from device import flops_per_token
 from model import (
-    AXES,
     GPT,
+    RULES,
     VARIANTS,
     Cache,
     Embedding,
     GPTConfig,
-    Momentum,
+    Nesterov,
+    Polyak,
     Scalar,
+    axes,
     huber_attention,
     in_chunks,
     light_attention,
@@ -30,18 +40,19 @@ from model import (
     softmax_attention,
 )
 
-REVERSIBLE = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=True)
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
+AXES = axes(GPTConfig)
+# every variant, and every value that none of them chooses
+SYSTEMS = {name: dict(variant=name) for name in VARIANTS} | {
+    f"{axis}={value}": {axis: value}
+    for axis, values in AXES.items()
+    for value in values
+    if isinstance(value, str) and all(getattr(GPTConfig(variant=name), axis) != value for name in VARIANTS)
+}
+every_system = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
 
 
 def tiny(variant="MHA", **choices):
-    sizes = dict(n_layer=3, n_head=2, n_embd=16, block_size=12, vocab_size=31) | choices
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(variant=variant, **sizes)).eval()
-    with torch.no_grad():  # away from the initialisation, where many terms vanish
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
+    return conftest.tiny(variant, noise=0.3, **dict(n_layer=3, block_size=12, vocab_size=31) | choices)
 
 
 def tokens(model, B=2, T=None, seed=1):
@@ -183,32 +194,11 @@ def test_huber_attention_is_a_gradient_step(delta):
     torch.testing.assert_close(pull, step, rtol=1e-10, atol=1e-10)
 
 
-def cem_energy(attn, x, context, i):
-    """[Xu]'s interaction energy of token i at x, (C,), given its context, from the definition with A_h written out."""
-    C, nh = x.size(0), attn.config.n_head
-    W_Q, W_K = attn.c_attn.weight.view(2, nh, C // nh, C)
-    total = 0
-    for h in range(nh):
-        A = W_Q[h].T @ W_K[h] + (attn.a.raw[h, 0].diag() if attn.a is not None else 0)
-        total = total - attn.temperature * torch.logsumexp(context[: i + 1] @ A.T @ x / attn.temperature, 0)
-    return total
-
-
 @pytest.mark.parametrize("choices", [{}, dict(diagonal=True), dict(diagonal=True, precond_rank=3, inner_steps=3)], ids=str)
 def test_cem_attention_descends_its_energy(choices):
-    """Each inner step is minus the gradient in x_i, the context fixed, by autograd; preconditioned and scaled."""
     attn = tiny("CEM", bias=False, **choices).double().transformer.h[0].attn
     x = torch.randn(1, 7, 16, dtype=torch.float64)
-    P, etas = torch.eye(16, dtype=torch.float64), [1.0]
-    if choices.get("inner_steps"):
-        P = F.softplus(attn.precondition.a.raw).diag() + attn.precondition.U @ attn.precondition.U.T
-        assert torch.linalg.eigvalsh(P).min() > 0
-        etas = F.softplus(attn.eta.raw)
-    want = x[0].clone()
-    for eta in etas:
-        g = [-grad(lambda y, i=i: cem_energy(attn, y, x[0], i))(want[i]) for i in range(7)]
-        want = want + eta * torch.stack(g) @ P
-    torch.testing.assert_close(attn(x)[0], want - x[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(attn(x), cem_attention(attn, x), rtol=1e-10, atol=1e-10)
 
 
 def test_cem_mlp_descends_its_energy():
@@ -226,47 +216,190 @@ def test_cem_mlp_descends_its_energy():
     torch.testing.assert_close(mlp(x[None])[0], want, rtol=1e-10, atol=1e-10)
 
 
-def test_reported_free_energies_are_those_of_the_definitions():
-    """model.energies against the energies above, means over sequences and positions, and against what attention read."""
-    definitions = dict(
-        MHA=inner_product_energy, NagMHA=inner_product_energy, HuberMHA=lambda q, k: huber_energy(q, k, math.sqrt(8)),
-        LinearMHA=lambda q, k: -0.5 * (k @ q).square().sum(),
-    )  # fmt: skip
-    for variant, energy in definitions.items():
-        model = tiny(variant, n_layer=1)
-        block, idx = model.transformer.h[0], tokens(model)
-        x, v = model.embed(idx)
-        (rule, oracles), _ = block.steps()
-        moved, _ = rule(x, v, *oracles)
-        (q, k, _), (q_moved, _, _) = block.attn.qkv(block.ln_1(x)), block.attn.qkv(block.ln_1(moved))
-        energies = model.energies(idx)
-        for key, queries in (("before", q), ("after", q_moved)):
-            torch.testing.assert_close(energies[key][0], by_query(energy, queries, k).mean((0, 2)), rtol=1e-4, atol=1e-4)
-        if variant == "LinearMHA":
-            assert energies["entropy"] is energies["attention"] is None
-        else:
-            p = energies["attention"][0]
-            torch.testing.assert_close(p.sum(-1), torch.ones(2, 12))
-            assert p.triu(1).sum() == 0
-    ahead = tiny("NagMHA")
-    inputs = []
-    for block in ahead.transformer.h:
-        block.attn.register_forward_pre_hook(lambda attn, args: inputs.append(args[0]))
-    ahead(idx)
-    energies = ahead.energies(idx)
-    for block, read, p, entropy in zip(
-        ahead.transformer.h, inputs[:3], energies["attention"], energies["entropy"], strict=True
-    ):
-        q, k, _ = block.attn.qkv(read)  # what attention read in a forward pass, ahead of x
-        used = by_query(lambda q, k: F.pad((k @ q / math.sqrt(8)).softmax(0), (0, 12 - len(k))), q[:1], k[:1])
-        torch.testing.assert_close(p, used[0])
-        used = by_query(lambda q, k: torch.distributions.Categorical(logits=k @ q / math.sqrt(8)).entropy(), q, k)
-        torch.testing.assert_close(entropy, used.mean((0, 2)))
-    x, _ = (cem := tiny("CEM", n_layer=1, bias=False)).embed(idx)
-    block = cem.transformer.h[0]
-    x = block.ln_1(x)
-    want = torch.stack([torch.stack([cem_energy(block.attn, row[i], row, i) for i in range(12)]) for row in x]).mean()
-    torch.testing.assert_close(cem.energies(idx)["before"].sum(), want)
+# ---------------------------------------------------------------------------------------------------------------------
+# the axes: for every value of each an equation, and the slow and plain model that the equations make
+
+
+def weights_of(energy, s):
+    """A query's weights of its values: -dF/ds_j, where F is a function of the query's similarities s_j with its keys."""
+    return -grad(energy)(s)
+
+
+def huber_free_energy(s, T, delta):
+    """Of s_j = -|q - k_j|^2 / 2."""
+    return -T * torch.logsumexp(-F.huber_loss((-2 * s).sqrt(), 0 * s, reduction="none", delta=delta) / T, 0)
+
+
+def newton_step(attend, q, k, v, tau):
+    """Attention, and tau times its derivative along the descent direction u = k̄ - q."""
+    o, along_u = jvp(lambda q: attend(q, v), (q,), (attend(q, k) - q,))
+    return o + tau * along_u
+
+
+def attention(attn, x):
+    """A query at a time."""
+    c = attn.config
+    T = math.sqrt(c.n_embd / c.n_head)
+    q, k, v = (t.unflatten(2, (c.n_head, -1)).transpose(1, 2) for t in attn.c_attn(x).split(c.n_embd, 2))
+    q, k, o = EQUATIONS["qk_norm"][c.qk_norm](q), EQUATIONS["qk_norm"][c.qk_norm](k), torch.empty_like(v)
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        keys, values, decay = k[b, h, : i + 1], v[b, h, : i + 1], torch.ones(i + 1, dtype=x.dtype)
+        if c.energy == "gated_linear":
+            a = (attn.c_gate(x[b, : i + 1])[:, h] + attn.horizon[h]).sigmoid()
+            decay = torch.stack([a[j + 1 :].prod() for j in range(i + 1)])
+
+        def attend(q, v, keys=keys, decay=decay):
+            return EQUATIONS["energy"][c.energy](q, keys, T, decay, c.delta * T) @ v
+
+        tau = attn.tau()[h, 0] if c.curvature != "none" else 0.0
+        o[b, h, i] = EQUATIONS["curvature"][c.curvature](attend, q[b, h, i], keys, values, tau)
+    if "linear" in c.energy:  # a sum over the past is brought to one scale
+        o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return attn.c_proj(o.transpose(1, 2).flatten(2))
+
+
+def cem_energy(attn, x, context, i):
+    """[Xu]'s interaction energy of token i at x, (C,), given its context, from the definition with A_h written out."""
+    C, nh = x.size(0), attn.config.n_head
+    W_Q, W_K = attn.c_attn.weight.view(2, nh, C // nh, C)
+    T, total = math.sqrt(C / nh), 0
+    for h in range(nh):
+        A = W_Q[h].T @ W_K[h] + EQUATIONS["diagonal"][attn.config.diagonal](attn, h)
+        total = total - T * torch.logsumexp(context[: i + 1] @ A.T @ x / T, 0)
+    return total
+
+
+def cem_attention(attn, x):
+    """Each inner step is minus the gradient in x_i, the context fixed, by autograd; preconditioned and scaled."""
+    P, etas = torch.eye(x.size(2), dtype=x.dtype), [1.0]
+    if attn.config.precond_rank:
+        P = F.softplus(attn.precondition.a.raw).diag() + attn.precondition.U @ attn.precondition.U.T
+        assert torch.linalg.eigvalsh(P).min() > 0
+    if attn.config.inner_steps > 1:
+        etas = F.softplus(attn.eta.raw)
+    at = x.clone()
+    for eta in etas:
+        g = [[-grad(lambda y, i=i, row=row: cem_energy(attn, y, row, i))(y) for i, y in enumerate(ys)]
+             for row, ys in zip(x, at, strict=True)]  # fmt: skip
+        at = at + eta * torch.stack([torch.stack(row) for row in g]) @ P
+    return at - x
+
+
+def N(rule, v):
+    return EQUATIONS["velocity_norm"][isinstance(rule.norm, torch.nn.LayerNorm)](rule, v)
+
+
+def drift(rule, x, v):
+    return x + rule.eta() * v, v
+
+
+def nesterov(rule, x, v, g, i, n):
+    mu = rule.eta() * rule.beta() if rule.mu is None else rule.mu()
+    return drift(rule, x, N(rule, rule.beta() * v + g(x + mu * v)))
+
+
+def verlet(rule, x, v, g, i, n):
+    v = N(rule, rule.beta() * v + g(x))
+    return (x + rule.eta() * v if i % 2 == 0 or i == n - 1 else x), v
+
+
+def imex(rule, x, v, g, i, n):
+    """v' = v + force - lambda v', solved for v': friction implicit, force explicit."""
+    lam = 1 / rule.beta() - 1
+    return drift(rule, x, N(rule, v + g(x)) / (1 + lam))
+
+
+def dense(rule, x, v, g, i, n):
+    v = [*v, g(x)] if i else [g(x)]
+    return x + sum(w * direction for w, direction in zip(rule.w(), v, strict=True)), v
+
+
+EQUATIONS = dict(
+    energy=dict(  # q, k, T, decay, delta -> weights of the values
+        softmax=lambda q, k, T, *_: weights_of(lambda s: -T * torch.logsumexp(s / T, 0), k @ q),
+        linear=lambda q, k, *_: weights_of(lambda s: -s.square().sum() / 2, k @ q),
+        gated_linear=lambda q, k, T, decay, _: weights_of(lambda s: -(decay * s.square()).sum() / 2, k @ q),
+        huber=lambda q, k, T, _, delta: weights_of(lambda s: huber_free_energy(s, T, delta), -(q - k).square().sum(-1) / 2),
+    ),
+    curvature=dict(  # attend(q, v), q, k, v, tau -> o
+        none=lambda attend, q, k, v, tau: attend(q, v),
+        newton=newton_step,
+        light=lambda attend, q, k, v, tau: attend(q + tau * (attend(q, k) - q), v),
+    ),
+    momentum=dict(  # the rule, x, v, g, the number of this step of n such steps of the stack -> x, v
+        none=lambda rule, x, v, g, i, n: (x + g(x), v),
+        polyak=lambda rule, x, v, g, i, n: drift(rule, x, N(rule, rule.beta() * v + g(x))),
+        nesterov=nesterov,
+        triple=nesterov,
+        verlet=verlet,
+        imex=imex,
+        dense=dense,
+    ),
+    momentum_on=dict(attention=lambda asked, A: asked == [A], both=lambda asked, A: True),  # whether a step is the momentum's
+    splitting=dict(lie_trotter=lambda A, M: [[A], [M]], euler=lambda A, M: [[A, M]]),
+    velocity_init=dict(zero=lambda t, idx: 0.0, embed=lambda t, idx: t.vte.weight[idx] + t.vpe.weight[: idx.size(1)]),
+    velocity_norm={
+        False: lambda rule, v: v,
+        True: lambda rule, v: F.layer_norm(v, v.shape[-1:], rule.norm.weight, rule.norm.bias),
+    },
+    tied={False: attention, True: cem_attention},
+    diagonal={False: lambda attn, h: 0, True: lambda attn, h: attn.a()[h, 0].diag()},
+    qk_norm={False: lambda t: t, True: lambda t: t / t.norm(dim=-1, keepdim=True) * math.sqrt(t.size(-1))},
+    reversible={False: lambda logits: logits, True: lambda logits: logits},  # only memory differs
+)
+# what a value needs beside it to say something
+BESIDE = {
+    ("momentum_on", "both"): dict(momentum="nesterov"),
+    ("momentum", "verlet"): dict(momentum_on="both"),
+    ("splitting", "euler"): dict(momentum="nesterov", momentum_on="both"),
+    ("velocity_init", "embed"): dict(momentum="polyak"),
+    ("velocity_norm", True): dict(momentum="polyak"),
+    ("tied", True): dict(bias=False),
+    ("diagonal", True): dict(bias=False, tied=True),
+    ("reversible", True): REVERSIBLE,
+}
+
+
+@torch.no_grad()
+def by_the_equations(model, idx):
+    """The logits."""
+    c, t = model.config, model.transformer
+    eq = {axis: values[getattr(c, axis)] for axis, values in EQUATIONS.items()}
+    x, v = t.wte.weight[idx] + t.wpe.weight[: idx.size(1)], eq["velocity_init"](t, idx)
+    if c.momentum == "none":
+        x, v = x + v, 0.0
+    for _ in range(c.n_loop):
+        i, n = 0, sum(type(rule) is not RULES["none"] for b in t.h for rule in b.rules)
+        for b in t.h:
+            A, M = (lambda y, b=b: eq["tied"](b.attn, b.ln_1(y))), (lambda y, b=b: b.mlp(b.ln_2(y)))
+            for rule, asked in zip(b.rules, eq["splitting"](A, M), strict=True):
+                gammas = [gamma() for gamma in getattr(rule, "gamma", [])] or [1.0] * len(asked)
+
+                def g(y, gammas=gammas, asked=asked):
+                    return sum(gamma * oracle(y) for gamma, oracle in zip(gammas, asked, strict=True))
+
+                if eq["momentum_on"](asked, A):
+                    x, v = eq["momentum"](rule, x, v, g, i, n)
+                    i += 1
+                else:
+                    x = x + g(x)
+    return eq["reversible"](model.lm_head(t.ln_f(x)))
+
+
+@pytest.mark.parametrize("axis, value", [(axis, value) for axis, values in AXES.items() for value in values])
+def test_every_value_of_every_axis_follows_its_equation(axis, value):
+    assert value in EQUATIONS.get(axis, {}), f"{axis}={value} has no equation to compare with: write it into EQUATIONS"
+    numbers = dict(beta=0.6, eta=0.8) if axis == "momentum" and value != "none" else {}
+    model = tiny(**{axis: value} | numbers | BESIDE.get((axis, value), {}))
+    idx = tokens(model, T=7)
+    torch.testing.assert_close(model(idx, idx)[0], by_the_equations(model, idx), rtol=1e-4, atol=1e-4)
+
+
+@every_system
+def test_every_system_follows_its_equations(system):
+    model = tiny(**system, bias=False).double()
+    idx = tokens(model, B=1, T=7)
+    torch.testing.assert_close(model(idx, idx)[0], by_the_equations(model, idx))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,93 +408,13 @@ def test_reported_free_energies_are_those_of_the_definitions():
 
 def test_momentum_rules_follow_their_equations():
     """Two steps of each rule on a quadratic, against numbers worked by hand: g(x) = -x from x = 1, beta 1/2, eta 1/4."""
-    expected = dict(polyak=[(0.75, -1.0), (0.4375, -1.25)], nesterov=[(0.75, -1.0), (0.46875, -1.125)])
-    for momentum, steps in expected.items():
-        rule = Momentum(GPTConfig(variant="MHA", momentum=momentum, beta=0.5, eta=0.25), n_oracles=1, drift=True)
+    expected = {Polyak: [(0.75, -1.0), (0.4375, -1.25)], Nesterov: [(0.75, -1.0), (0.46875, -1.125)]}
+    for kind, steps in expected.items():
+        rule = kind(GPTConfig(momentum="nesterov", beta=0.5, eta=0.25), n_oracles=1, before=0)
         x, v = torch.tensor(1.0), torch.tensor(0.0)
         for want in steps:
             x, v = rule(x, v, lambda x: -x)
             assert (x.item(), v.item()) == want
-
-
-def reference(model, idx, layer):
-    """Logits of a model whose layers are written out by hand: layer(x, v, b, A, M, is_last) -> x, v."""
-    t = model.transformer
-    x, v = model.embed(idx)
-    for b in t.h:
-        x, v = layer(x, v, b, lambda x, b=b: b.attn(b.ln_1(x)), lambda x, b=b: b.mlp(b.ln_2(x)), b is t.h[-1])
-    return model.lm_head(t.ln_f(x))
-
-
-def momen(x, v, b, A, M, last):
-    v = 0.6 * v + A(x)
-    x = x + 0.8 * v
-    return x + M(x), v
-
-
-def nag(x, v, b, A, M, last):
-    v = 0.6 * v + A(x + 0.8 * 0.6 * v)
-    x = x + 0.8 * v
-    return x + M(x), v
-
-
-def lie_trotter(x, v, b, A, M, last, look=True):
-    for rule, g in zip(b.rules, (A, M), strict=True):
-        beta, gamma = rule.beta.raw.sigmoid(), F.softplus(rule.gamma[0].raw)
-        mu = rule.mu.raw.sigmoid() if look else 0
-        nu = F.softplus(rule.eta.raw) if rule.eta.raw is not None else 1
-        v = rule.norm(beta * v + gamma * g(x + mu * v))
-        x = x + nu * v
-    return x, v
-
-
-def polyak(*a):
-    return lie_trotter(*a, look=False)
-
-
-def euler(x, v, b, A, M, last):
-    (rule,) = b.rules
-    y = x + rule.mu.raw.sigmoid() * v
-    gamma_A, gamma_M = (F.softplus(gamma.raw) for gamma in rule.gamma)
-    v = rule.norm(rule.beta.raw.sigmoid() * v + gamma_A * A(y) + gamma_M * M(y))
-    return x + v, v
-
-
-def verlet(x, v, b, A, M, last):
-    kick, kick_again = b.rules
-    v = kick.norm(kick.beta.raw.sigmoid() * v + F.softplus(kick.gamma[0].raw) * A(x))
-    x = x + v
-    v = kick_again.norm(kick_again.beta.raw.sigmoid() * v + F.softplus(kick_again.gamma[0].raw) * M(x))
-    return (x + v if last else x), v
-
-
-def imex(x, v, b, A, M, last):
-    """v' = v + force - lambda v', solved for v': friction implicit, force explicit."""
-    for rule, g in zip(b.rules, (A, M), strict=True):
-        lam = torch.exp(-rule.beta.raw)
-        v = rule.norm(v + F.softplus(rule.gamma[0].raw) * g(x)) / (1 + lam)
-        x = x + v
-    return x, v
-
-
-@pytest.mark.parametrize(
-    "variant, choices, layer",
-    [
-        ("MomenMHA", dict(beta=0.6, eta=0.8), momen),
-        ("NagMHA", dict(beta=0.6, eta=0.8), nag),
-        ("YuriiFormer", {}, lie_trotter),
-        ("TMMFormer", {}, lie_trotter),
-        ("PolyakFormer", {}, polyak),
-        ("YuriiFormerEuler", {}, euler),
-        ("VerletFormer", {}, verlet),
-        ("IMEXFormer", {}, imex),
-    ],
-)
-def test_layers_follow_their_equations(variant, choices, layer):
-    """A forward pass written out from the papers' equations and the model's own oracles."""
-    model = tiny(variant, **choices)
-    idx = tokens(model)
-    torch.testing.assert_close(model(idx, idx)[0], reference(model, idx, layer))
 
 
 def test_a_norm_hides_friction_inside_it():
@@ -504,11 +557,11 @@ def test_initialisation_is_gpt2s():
             assert torch.equal(p, torch.full_like(p, float(".ln_" in name and name.endswith("weight")))), name
 
 
-@every_variant
+@every_system
 @pytest.mark.parametrize("T", [1, 7, 12])
-def test_each_position_depends_on_itself_and_the_past_only(variant, T):
+def test_each_position_depends_on_itself_and_the_past_only(system, T):
     """By the gradient of each position's logits in the embeddings: NaN-free, zero after it and not before."""
-    model, idx = tiny(variant), None
+    model = tiny(**system)
     idx = tokens(model, B=1, T=T)
     embedding = model.transformer.wte(idx).detach().requires_grad_()
     model.transformer.wte.register_forward_hook(lambda *a: embedding)
@@ -519,10 +572,10 @@ def test_each_position_depends_on_itself_and_the_past_only(variant, T):
         assert torch.isfinite(g).all() and depends.tolist() == [j <= i for j in range(T)]
 
 
-@every_variant
+@every_system
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_parameter_learns(variant, dtype):
-    model = tiny(variant, dropout=0.1).train()
+def test_every_parameter_learns(system, dtype):
+    model = tiny(**system, dropout=0.1).train()
     idx = tokens(model)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits, loss = model(idx, idx.roll(-1, 1))
@@ -532,18 +585,18 @@ def test_every_parameter_learns(variant, dtype):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
 
-@every_variant
-def test_dropout_and_eval_mode(variant):
-    model = tiny(variant, dropout=0.5)
+@every_system
+def test_dropout_and_eval_mode(system):
+    model = tiny(**system, dropout=0.5)
     idx = tokens(model)
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-@every_variant
-def test_no_graph_breaks(variant):
-    model = tiny(variant, n_layer=1, block_size=300)  # more than a chunk of queries
+@every_system
+def test_no_graph_breaks(system):
+    model = tiny(**system, n_layer=1, block_size=300)  # more than a chunk of queries
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     idx = tokens(model)
@@ -561,7 +614,7 @@ def test_reversible_layers_run_beside_compiled_ones():
     torch.testing.assert_close(*gradients)
 
 
-# loss of a step and the loss after it: they may change only with the mathematics or the initialisation, on purpose
+# they may change only with the mathematics or the initialisation, on purpose; alone they prove nothing
 GOLDEN = {
     "MHA": (3.908, 3.6609, 3.5005),
     "MomenMHA": (3.9072, 3.6802, 3.5077),
@@ -585,8 +638,8 @@ GOLDEN = {
 }
 
 
-@every_variant
-def test_golden_training_step(variant):
+def training_losses(variant):
+    """Losses of three steps of a small model from its initialisation."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(variant=variant, n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50))
     idx = tokens(model, B=4)
@@ -601,7 +654,13 @@ def test_golden_training_step(variant):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses == pytest.approx(GOLDEN[variant], abs=2e-4)
+    return losses
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_golden_losses(variant):
+    assert variant in GOLDEN, f"once {variant} follows its equations, add to GOLDEN what python test_model.py {variant} prints"
+    assert training_losses(variant) == pytest.approx(GOLDEN[variant], abs=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -686,7 +745,7 @@ def test_flops_are_those_of_the_matrix_products():
     """6 for each weight of a matrix that a token meets, and 12 L C T for attention's two products over all keys."""
     model = tiny(n_layer=3, n_embd=16, block_size=12, vocab_size=31)
     weights = 3 * 12 * 16**2 + 31 * 16
-    assert model.flops_per_token() == 6 * weights + 12 * 3 * 16 * 12
+    assert flops_per_token(model) == 6 * weights + 12 * 3 * 16 * 12
 
 
 def test_qk_norm_gives_queries_and_keys_one_norm():
@@ -699,7 +758,7 @@ def test_qk_norm_gives_queries_and_keys_one_norm():
 def test_gates_and_states_stay_float32_under_autocast():
     attn, cache = tiny("GatedLinearMHA").transformer.h[0].attn, Cache(12)
     with torch.autocast("cpu", torch.bfloat16):
-        assert attn.log_gate(torch.randn(2, 5, 16)).dtype == torch.float32
+        assert attn.log_a(torch.randn(2, 5, 16)).dtype == torch.float32
         attn(torch.randn(2, 5, 16), cache)
     assert cache.S.dtype == torch.float32
 
@@ -738,22 +797,14 @@ def test_embedding_is_torchs(compiled):
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.slow
-def test_table_names_every_variant(capsys):
-    runpy.run_module("model", run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(VARIANTS)
-    assert "| `MHA` | nanoGPT |  | 39,419,904 | 85,056,000 | 0 |" in lines[2]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # generation
 
 
-@every_variant
-def test_cached_text_is_uncached_text(variant):
+@every_system
+def test_cached_text_is_uncached_text(system):
     """Greedy continuation past block_size, against a full forward pass for each token."""
-    model = tiny(variant)
+    model = tiny(**system)
     idx = tokens(model, T=3)
     cached = model.generate(idx, 14, temperature=0)
     for _ in range(14):
@@ -762,7 +813,7 @@ def test_cached_text_is_uncached_text(variant):
 
 
 def test_a_context_beyond_block_size_is_refused():
-    with pytest.raises(ValueError, match="13 tokens are more than block_size=12"):
+    with pytest.raises(ValueError, match="13 tokens exceed block_size=12"):
         tiny()(torch.zeros(1, 13, dtype=torch.long))
 
 
@@ -793,7 +844,7 @@ def test_generate_options():
     "choices, words",
     [
         (dict(variant="NagMH"), "did you mean NagMHA"),
-        (dict(energy="cubic"), "none of softmax"),
+        (dict(energy="no such energy"), "none of softmax"),
         (dict(n_embd=30, n_head=4), "multiple of n_head=4"),
         (dict(n_layer=0), "n_layer=0 must be at least 1"),
         (dict(n_loop=0), "n_loop=0 must be at least 1"),
@@ -803,19 +854,19 @@ def test_generate_options():
         (dict(momentum="nesterov", mu=1.0), "[0, 1)"),
         (dict(precond_rank=-1), "at least 0"),
         (dict(momentum="polyak", learned="tau"), "may name"),
-        (dict(momentum="nesterov", learned="mu"), "to start from"),
-        (dict(energy="linear", curvature="light"), "curvature=none"),
-        (dict(energy="huber", curvature="newton"), "curvature=none"),
-        (dict(momentum_on="both"), "another momentum than none"),
+        (dict(momentum="nesterov", learned="mu"), "mu in (0, 1)"),
+        (dict(energy="linear", curvature="light"), "take energy=softmax"),
+        (dict(energy="huber", curvature="newton"), "take energy=softmax"),
+        (dict(momentum_on="both"), "take momentum_on='attention'"),
         (dict(learned="beta"), "take learned=''"),
         (dict(momentum="dense", learned="beta"), "take learned=''"),
         (dict(velocity_norm=True), "take velocity_norm=False"),
         (dict(momentum="dense", gamma=2.0), "take gamma=1.0"),
-        (dict(beta=0.9), "belongs to a momentum"),
-        (dict(variant="PolyakFormer", mu=0.5), "leave mu out"),
-        (dict(variant="PolyakFormer", learned="beta mu"), "leave mu out"),
+        (dict(beta=0.9), "belongs to momentum="),
+        (dict(variant="PolyakFormer", mu=0.5), "take mu=None"),
+        (dict(variant="PolyakFormer", learned="beta mu"), "mu where a look-ahead"),
         (dict(delta=3.0), "belongs to energy=huber"),
-        (dict(momentum="dense", velocity_init="embed"), "velocity_init=zero"),
+        (dict(momentum="dense", velocity_init="embed"), "velocity_init='zero'"),
         (dict(momentum="dense", n_loop=2), "n_loop=1"),
         (dict(momentum="polyak", splitting="euler"), "momentum_on=both"),
         (dict(momentum="verlet"), "momentum_on=both"),
@@ -828,7 +879,7 @@ def test_generate_options():
         (dict(reversible=True), "momentum=polyak"),
         (dict(variant="PolyakFormer", reversible=True), "velocity_norm=False"),
         (dict(REVERSIBLE, dropout=0.1), "dropout=0"),
-        (dict(REVERSIBLE, beta=0.5, n_layer=24), "take beta of at least 0.6"),
+        (dict(REVERSIBLE, beta=0.5, n_layer=24), "take a beta nearer to 1"),
     ],
     ids=str,
 )
@@ -846,3 +897,8 @@ def test_all_problems_come_in_one_message():
 def test_an_override_replaces_one_choice_of_a_variant():
     config = GPTConfig(variant="NagMHA", curvature="light")
     assert (config.momentum, config.curvature, config.beta) == ("nesterov", "light", 0.9)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f'    "{name}": {tuple(round(loss, 4) for loss in training_losses(name))},')

@@ -9,30 +9,29 @@ It reads data/DATASET (see prepare.py) and writes out_dir/ckpt.pt, the latest st
 validation loss, and out_dir/metrics.jsonl, a JSON object a line. Batches and dropout are functions of the seed, the
 step and the process alone, so a run that is stopped and resumed (--init_from=resume) becomes what it would have been.
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop it after the step in progress, with a checkpoint.
+
+The loop is train(), at the end of this file. What only keeps books of a run is in log.py, checkpoint.py and guard.py.
 """
 
 import contextlib
-import ctypes
-import importlib
-import json
 import math
 import os
-import resource
-import sys
-import time
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import guard
-from configurator import UserError, cli, parse
-from data import Split, fingerprint, replacing, verify
-from model import GPT, GPTConfig, Scalar
+from configurator import parse
+from data import Split, fingerprint, verify
+from device import keep_memory, pick_device, short_dtype
+from guard import UserError, cli
+from log import Log, say
+from model import GPT, GPTConfig, Scalar, outside
 
 
 @dataclass
@@ -49,14 +48,14 @@ class Config(GPTConfig):
     eval_iters: int = 200  # batches in an evaluation
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # steps from one line of the log to the next
-    logger: str = ""  # wandb or trackio, to log there as well
-    on_spike: str = "report"  # when the loss is over twice its running mean 3 steps in a row: report, stop
+    logger: Literal["", "wandb", "trackio"] = ""  # where to log as well
+    on_spike: Literal["report", "stop"] = "report"  # when the loss is over twice its running mean 3 steps in a row
     verify: bool = False  # check the sha256 of all shards before the first step, not of a sample
     # the batch
     batch_size: int = 12  # sequences in a micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes
     # the optimizer
-    optimizer: str = "adamw"  # adamw; muon: Muon for the matrices of the blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with AdamW for the rest
     learning_rate: float = 6e-4  # highest rate
     scalar_learning_rate: float | None = None  # the same for learned scalars; None: learning_rate
     weight_decay: float = 0.1  # of matrices and embeddings
@@ -69,30 +68,30 @@ class Config(GPTConfig):
     min_lr: float = 6e-5  # lowest rate
     # the machine
     device: str = "auto"  # cuda, cuda:1, cpu, mps; auto: cuda if there is one
-    dtype: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where the hardware has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the hardware has it
     compile: bool = True  # torch.compile the model
     deterministic: bool = False  # only algorithms that give the same bits every time
     timeout: int = 600  # seconds that a process waits for the others before it gives up
 
     def problems(self):
-        one_of = dict(optimizer=("adamw", "muon"), logger=("", "wandb", "trackio"), on_spike=("report", "stop"),
-                      dtype=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
-        at_least = dict.fromkeys(
-            ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps", "timeout"), 1
-        )
-        at_least |= dict.fromkeys(("max_iters", "warmup_iters", "weight_decay", "grad_clip", "min_lr"), 0)
-        return [
-            *super().problems(),
-            *(f"{k}={getattr(self, k)!r} is none of {', '.join(v)}" for k, v in one_of.items() if getattr(self, k) not in v),
-            *(
-                f"{k}={getattr(self, k)} must be at least {n}"
-                for k, n in at_least.items()
-                if not n <= getattr(self, k) < math.inf
-            ),
-            *(f"{k}={getattr(self, k)} must lie in [0, 1)" for k in ("beta1", "beta2") if not 0 <= getattr(self, k) < 1),
-            *([] if 0 < self.learning_rate < math.inf else [f"learning_rate={self.learning_rate} must be positive"]),
-            *([] if 0 <= self.seed < 1 << 32 else [f"seed={self.seed} must lie between 0 and {(1 << 32) - 1}"]),
-        ]
+        return [*super().problems(), *outside(self, RANGES)]
+
+
+RANGES = {
+    "must be at least 1": (
+        lambda n: 1 <= n < math.inf,
+        "eval_interval eval_iters log_interval batch_size gradient_accumulation_steps timeout",
+    ),
+    "must be at least 0": (lambda n: 0 <= n < math.inf, "max_iters warmup_iters weight_decay grad_clip min_lr"),
+    "must lie in [0, 1)": (lambda n: 0 <= n < 1, "beta1 beta2"),
+    "must be positive": (lambda n: 0 < n < math.inf, "learning_rate"),
+    "must lie between 0 and 4294967295": (lambda n: 0 <= n < 1 << 32, "seed"),
+}
+
+
+def choices(cfg, **others):
+    """The part of a run's configuration that makes its model, with some of its choices replaced. Raises ValueError."""
+    return GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | others)
 
 
 def optimizers(model, cfg, device):
@@ -130,327 +129,260 @@ def learning_rate(step, cfg):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
 
 
-def short_dtype(kind):
-    """The name of the shortest dtype that this kind of device (cuda, cpu, mps) multiplies matrices of faster."""
-    if kind == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    cpu = torch.cpu.get_capabilities() if kind == "cpu" else {}
-    return "bfloat16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16") else "float32"
+def set_rate(opts, rate):
+    """Give every parameter group its share of the learning rate."""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = rate * group["peak"]
 
 
-def keep_memory():
+class Machine:
+    """Where a run computes: its process among `world` others, its device, and the precision of its matrix products."""
+
+    def __init__(self, cfg):
+        # processes: one, or several under torchrun
+        environment = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1) | os.environ
+        self.rank, local_rank, self.world = (int(environment[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        self.master = self.rank == 0
+        self.micro_steps, rest = divmod(cfg.gradient_accumulation_steps, self.world)
+        if rest:
+            steps = cfg.gradient_accumulation_steps
+            raise UserError(f"gradient_accumulation_steps={steps} must be a multiple of the {self.world} processes")
+        self.device = pick_device(cfg.device, say)
+        if self.device == "cuda":
+            self.device = f"cuda:{local_rank}"
+        self.kind = torch.device(self.device).type
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.kind == "cuda" else "gloo", timeout=timedelta(seconds=cfg.timeout))
+
+        # precision: short matrix products where the hardware has them, float32 for the weights and the residual stream
+        if self.kind == "cpu":
+            keep_memory()
+        if self.kind == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
+        short = short_dtype(self.kind)
+        self.dtype = short if cfg.dtype == "auto" else cfg.dtype
+        if self.dtype == "bfloat16" and short != "bfloat16":
+            say(f"dtype=bfloat16, but this {self.kind} has no instructions for it: going on with {short}")
+            self.dtype = short
+        self.autocast = torch.autocast(self.kind, getattr(torch, self.dtype), enabled=self.dtype != "float32")
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.dtype == "float16")
+        if cfg.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(cfg.deterministic)
+
+    def tensors(self, arrays):
+        """Arrays as tensors on the device."""
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.kind == "cuda":  # pinned memory lets the copy run beside the computation
+            tensors = [t.pin_memory() for t in tensors]
+        return [t.to(self.device, non_blocking=True) for t in tensors]
+
+    def sums(self, *numbers):
+        """The sums of these numbers over all processes."""
+        precise = torch.float32 if self.kind == "mps" else torch.float64
+        total = torch.stack([torch.as_tensor(number, dtype=precise, device=self.device) for number in numbers])
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def prepare(self, model, batch, compile):
+        """The model as it runs: compiled, if asked for and if it works here, and with gradients averaged over the processes."""
+        running = model
+        if compile:
+            try:
+                running = torch.compile(model)
+                with self.autocast:
+                    loss = running(*batch)[1]
+                loss.backward()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a missing or broken compiler raises, the model runs without it
+                say(f"torch.compile failed ({(str(error) or type(error).__name__).splitlines()[0]}): going on without it")
+                running = model
+            model.zero_grad(set_to_none=True)
+        if self.world > 1:
+            running = DistributedDataParallel(running, device_ids=[torch.device(self.device)] if self.kind == "cuda" else None)
+        return running
+
+
+class Data:
+    """This process's share of a data set's batches. Raises UserError for broken shards, or text shorter than a window."""
+
+    def __init__(self, cfg, machine):
+        folder = os.path.join(cfg.data_dir, cfg.dataset)
+        self.meta, self.machine, self.batch_size = verify(folder, cfg.verify), machine, cfg.batch_size
+        self.training = Split(folder, "train", cfg.block_size, cfg.seed)
+        self.validation = Split(folder, "val", cfg.block_size)
+        self.windows = self.validation.fixed(cfg.eval_iters * cfg.batch_size)[machine.rank :: machine.world]
+
+    def batch(self, micro_step):
+        """Inputs and targets of a micro-step, counted from the start of the run: (batch_size, block_size) each."""
+        first = (micro_step * self.machine.world + self.machine.rank) * self.batch_size
+        return self.machine.tensors(self.training.batch(range(first, first + self.batch_size)))
+
+    def evaluation(self):
+        """The batches of an evaluation, the same each time."""
+        for i in range(0, len(self.windows), self.batch_size):
+            yield self.machine.tensors(self.validation.windows(self.windows[i : i + self.batch_size]))
+
+    def bits_per_byte(self, loss):
+        """A validation loss in nats per token as bits per byte of text."""
+        return loss / math.log(2) * sum(s["tokens"] for s in self.meta["shards"]["val"]) / self.meta["bytes"]["val"]
+
+
+def start(cfg, machine, meta, made_with):
     """
-    Have glibc's malloc keep what a step frees for the next step, up to the end of the process. By default it returns large
-    blocks to the system, and a step on a CPU spends a fifth of its time on having them back, page by page.
+    The model, its optimizers and the Progress of a run: fresh, as its checkpoint has them, or with the weights of another
+    model. Raises UserError if the checkpoint does not fit.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
-# bf16 matrix products without sparsity, FLOP/s, by a part of the card's name (the makers' data sheets)
-PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12,
-              "RTX 4090": 165e12, "RTX 3090": 71e12}  # fmt: skip
-
-
-def train(cfg, signals=()):
-    """One run, from its configuration to its last checkpoint. Once there is something in signals, it stops after the step."""
-    # processes: one, or several under torchrun
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    master = rank == 0
-    if cfg.gradient_accumulation_steps % world:
-        raise UserError(
-            f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the {world} processes"
-        )
-    micro_steps = cfg.gradient_accumulation_steps // world
-
-    def say(text):
-        if master:
-            tqdm.write(text)  # beside the progress bar
-            sys.stdout.flush()
-
-    device = checkpoint.pick_device(cfg.device, say)
-    if device == "cuda":
-        device = f"cuda:{local_rank}"
-    if world > 1:
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
-
-    # precision: short matrix products where the hardware has them, float32 for the weights and the residual stream
-    kind = torch.device(device).type
-    if kind == "cpu":
-        keep_memory()
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-    short = short_dtype(kind)
-    dtype = cfg.dtype if cfg.dtype != "auto" else short
-    if dtype == "bfloat16" != short:
-        say(f"dtype=bfloat16, but this {kind} has no instructions for it: going on with {short}")
-        dtype = short
-    if cfg.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it
-    torch.use_deterministic_algorithms(cfg.deterministic)
-    autocast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
-
-    # data
-    folder = os.path.join(cfg.data_dir, cfg.dataset)
-    meta = verify(folder, cfg.verify)
-    training = Split(folder, "train", cfg.block_size, cfg.seed)
-    validation = Split(folder, "val", cfg.block_size)
-    windows = validation.fixed(cfg.eval_iters * cfg.batch_size)[rank::world]
-
-    def to_device(arrays):
-        x, y = map(torch.from_numpy, arrays)
-        if kind == "cuda":  # pinned memory lets the copy run beside the computation
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
-    def batch(micro_step):
-        """The process's inputs and targets of a micro-step, counted from the start of the run: (batch_size, block_size)."""
-        first = (micro_step * world + rank) * cfg.batch_size
-        return to_device(training.batch(range(first, first + cfg.batch_size)))
-
-    # model
-    vocab_size = cfg.vocab_size or meta["vocab_size"]
     latest = os.path.join(cfg.out_dir, "ckpt.pt")
-    config = GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | dict(vocab_size=vocab_size))
-    start, seconds, best_loss, running_mean, high = 0, 0.0, math.inf, 0.0, 0
-    made_with, state, weights = checkpoint.made_with(device), None, None
+    config = choices(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
+    run, state, weights = checkpoint.Progress(), None, None
     if cfg.init_from == "resume":
         state = checkpoint.load(latest)
         with checkpoint.fitting(latest):
-            then = state["config"]
-            here, there = asdict(cfg) | dict(data=fingerprint(meta)), dict(data=state["data"])
-            for k in ("gradient_accumulation_steps", "eval_iters"):  # what a step, and an evaluation, are made of
-                here[f"batch_size * {k}"], there[f"batch_size * {k}"] = (c["batch_size"] * c[k] for c in (here, then))
-            there |= {k: then[k] for k in ("optimizer", "seed")} | state["model_config"]
-            # surgery may have made another model than the configuration says: either is right
-            differs = [f"{k}={v}, not {here[k]}" for k, v in there.items() if here[k] not in (v, then.get(k, v))]
-            config, weights = GPTConfig(**state["model_config"]), state["model"]
-            start, high = (int(state[k]) for k in ("step", "high"))
-            seconds, best_loss, running_mean = (float(state[k]) for k in ("seconds", "best_loss", "running_mean"))
+            differs = checkpoint.differences(state, cfg, fingerprint(meta))
+            config, weights, run = GPTConfig(**state["model_config"]), state["model"], checkpoint.Progress.of(state)
             changed = [f"{k} {v}, now {made_with[k]}" for k, v in state["made_with"].items() if v != made_with[k]]
         if differs:
             raise UserError(f"{latest} has {'; '.join(differs)}: resume with the run's own configuration and data")
-        if not 0 <= start <= cfg.max_iters:
-            raise UserError(f"{latest} is of step {start}, max_iters={cfg.max_iters} ends before: raise max_iters")
-        say(f"resuming at step {start}" + (f"; begun with {'; '.join(changed)}" if changed else ""))
+        if not 0 <= run.step <= cfg.max_iters:
+            raise UserError(f"{latest} is of step {run.step}, max_iters={cfg.max_iters} ends before: raise max_iters")
+        say(f"resuming at step {run.step}" + (f"; begun with {'; '.join(changed)}" if changed else ""))
     elif cfg.init_from.endswith(".pt"):
         donor = checkpoint.load(cfg.init_from)
         config, weights = checkpoint.surgery(config, donor["model_config"], donor["model"])
-        del donor
     elif cfg.init_from != "scratch":
         config, weights = checkpoint.surgery(config, *checkpoint.gpt2(cfg.init_from))
     if config.vocab_size < meta["vocab_size"]:
-        raise UserError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of {folder}'s tokenizer")
+        raise UserError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of {cfg.dataset}'s tokenizer")
     torch.manual_seed(cfg.seed)
-    model = GPT(config).to(device)
-    opts = optimizers(model, cfg, kind)
+    model = GPT(config).to(machine.device)
+    opts = optimizers(model, cfg, machine.kind)
     with checkpoint.fitting(latest if state else cfg.init_from):
-        if weights:  # all of them, but for scalars that a donor doesn't have
+        if weights:  # all of them but the scalars that a donor doesn't have
             model.load_state_dict({n: p for n, p in model.state_dict().items() if n.endswith(".raw")} | weights)
         if state:
             for opt, saved in zip(opts, state["optimizers"], strict=True):
                 checkpoint.restore(opt, saved)
             if state["scaler"]:
-                scaler.load_state_dict(state["scaler"])
-    state = weights = None  # they are as large as the model and its optimizer
-    counts, tokens_per_step = model.count_parameters(), cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    flops_per_token = model.flops_per_token()
+                machine.scaler.load_state_dict(state["scaler"])
+    return model, opts, run
 
-    # output
-    bar = tqdm(total=cfg.max_iters, initial=start, unit="step", disable=not (master and os.isatty(1)), dynamic_ncols=True)
 
-    def log(**record):
-        if master:
-            record |= dict(seconds=time.time() - began)
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-            if cfg.logger:
-                tracker.log(record, step=record["step"])
+@torch.no_grad()
+def evaluate(model, data, machine, signals):
+    """Mean loss over the validation windows of all processes, in nats per token, and how many signals came to them."""
+    model.eval()
+    total, count = 0.0, 0
+    for x, y in data.evaluation():
+        with machine.autocast:
+            total += float(model(x, y)[1]) * len(x)
+        count += len(x)
+    model.train()
+    total, count, stopping = machine.sums(total, count, len(signals))
+    return total / count, stopping
 
-    if master:
-        try:
-            os.makedirs(cfg.out_dir, exist_ok=True)
-            metrics = open_metrics(os.path.join(cfg.out_dir, "metrics.jsonl"), math.inf if cfg.eval_only else start)
-        except OSError as error:
-            raise UserError(f"cannot write to out_dir={cfg.out_dir}: {error.strerror}; choose another --out_dir") from None
-        if cfg.logger:
-            try:
-                tracker = importlib.import_module(cfg.logger)
-            except ImportError:
-                raise UserError(f"logger={cfg.logger} is not installed: pip install {cfg.logger}") from None
-            tracker.init(project="nanodescent", name=cfg.out_dir, config=asdict(cfg))
-    say(
-        f"{config.variant}: {sum(counts.values()):,} parameters ("
-        + ", ".join(f"{name} {n:,}" for name, n in counts.items())
-        + f"), {tokens_per_step:,} tokens a step, {device} {dtype}, {world} process(es)"
-    )
 
-    # the model as it runs: compiled if that works here, and with gradients averaged over the processes
-    running = model
-    if cfg.compile:
-        try:
-            running = torch.compile(model)
-            with autocast:
-                loss = running(*batch(0))[1]
-            loss.backward()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a missing or broken compiler raises, the model runs without it
-            say(f"torch.compile failed ({(str(error) or type(error).__name__).splitlines()[0]}): going on without it")
-            running = model
-        model.zero_grad(set_to_none=True)
-    if world > 1:
-        running = DistributedDataParallel(running, device_ids=[local_rank] if kind == "cuda" else None)
+def train(cfg, signals=()):
+    """One run, from its configuration to its last checkpoint. Once there is something in signals, it stops after the step."""
+    machine = Machine(cfg)
+    data = Data(cfg, machine)
+    made_with = checkpoint.made_with(machine.device)
+    model, opts, run = start(cfg, machine, data.meta, made_with)
+    log, latest = Log(cfg, run, machine, model), os.path.join(cfg.out_dir, "ckpt.pt")
+    running = machine.prepare(model, data.batch(0), cfg.compile)
+    resumed_at = saved = run.step or None
 
-    def over_processes(*sums):
-        """The sums of these numbers over all processes."""
-        precise = torch.float32 if kind == "mps" else torch.float64
-        total = torch.stack([torch.as_tensor(number, dtype=precise, device=device) for number in sums])
-        if world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+    def save(best):
+        log.sync()
+        run.seconds = log.seconds()
+        state = dict(
+            model=model.state_dict(),  # of the module that is neither compiled nor wrapped
+            optimizers=[opt.state_dict() for opt in opts],
+            scaler=machine.scaler.state_dict(),
+            **asdict(run),
+            model_config=asdict(model.config),
+            config=asdict(cfg),
+            tokenizer=data.meta["tokenizer"],
+            data=fingerprint(data.meta),
+            made_with=made_with,
+        )
+        checkpoint.save(cfg.out_dir, state, best)
 
-    @torch.no_grad()
-    def evaluate():
-        """Mean loss over the validation windows, in nats per token, and whether a signal came."""
-        model.eval()
-        total, count = 0.0, 0
-        for i in range(0, len(windows), cfg.batch_size):
-            x, y = to_device(validation.windows(windows[i : i + cfg.batch_size]))
-            with autocast:
-                total += float(model(x, y)[1]) * len(x)
-            count += len(x)
-        model.train()
-        total, count, stopping = over_processes(total, count, len(signals))
-        return total / count, stopping
-
-    # the loop
-    def stop(step, what):
-        bar.close()
-        log(step=step, stopped=what)
+    def give_up(what):
+        log.write(step=run.step, stopped=what)
+        log.close()
         kept = "there is no checkpoint yet" if saved is None else f"{latest} is as it was after {saved} steps"
         raise UserError(
-            f"step {step}: {what}: stopped before the update. {kept}: "
+            f"step {run.step}: {what}: stopped before the update. {kept}: "
             "go on with --init_from=resume, a lower learning_rate and a longer warmup_iters"
         )
 
     model.train()
-    began, clock, clock_step = time.time() - seconds, time.time(), start
-    saved, stopping = start or None, False
-    for step in range(start, cfg.max_iters + 1):
+    log.begin()
+    stopping = False
+    for step in range(run.step, cfg.max_iters + 1):
+        # evaluate and save
+        run.step, best = step, False
         due = step % cfg.eval_interval == 0 or step == cfg.max_iters
-        evaluating = cfg.eval_only or (due and not step == start > 0)  # a resumed run has evaluated where it starts
-        best = False
+        evaluating = cfg.eval_only or (due and step != resumed_at)  # a resumed run has evaluated where it starts
         if evaluating:
-            loss, stopping = evaluate()
+            loss, stopping = evaluate(model, data, machine, signals)
             if not (math.isfinite(loss) or cfg.eval_only):
-                stop(step, f"the validation loss is {loss}")
-            bits = loss / math.log(2) * sum(s["tokens"] for s in meta["shards"]["val"]) / meta["bytes"]["val"]
-            scalars = {n: m().mean().item() for n, m in model.named_modules() if isinstance(m, Scalar) and m.raw is not None}
-            log(step=step, tokens=step * tokens_per_step, val_loss=loss, val_bits_per_byte=bits, scalars=scalars)
-            say(f"step {step:6d}: validation loss {loss:.4f}, {bits:.4f} bits per byte")
-            best, best_loss = loss < best_loss, min(loss, best_loss)
-        if master and (evaluating or stopping) and not cfg.eval_only:
-            os.fsync(metrics)  # so that they reach as far as the checkpoint
-            state = dict(
-                model=model.state_dict(),  # of the module that is neither compiled nor wrapped
-                optimizers=[opt.state_dict() for opt in opts],
-                scaler=scaler.state_dict(),
-                step=step,
-                seconds=time.time() - began,
-                best_loss=best_loss,
-                running_mean=running_mean,
-                high=high,
-                model_config=asdict(config),
-                config=asdict(cfg),
-                tokenizer=meta["tokenizer"],
-                data=fingerprint(meta),
-                made_with=made_with,
-            )
-            checkpoint.save(cfg.out_dir, state, best)
+                give_up(f"the validation loss is {loss}")
+            log.evaluated(step, loss, data.bits_per_byte(loss), model)
+            best, run.best_loss = loss < run.best_loss, min(loss, run.best_loss)
+        if machine.master and (evaluating or stopping) and not cfg.eval_only:
+            save(best)
         if evaluating:
-            saved, clock, clock_step = step, time.time(), step
+            saved = step
+            log.restart_clock(step)
         if stopping and step < cfg.max_iters:
             say(f"stopped by a signal after {step} steps: go on with --init_from=resume")
-        if step == cfg.max_iters or stopping or cfg.eval_only:
+        if stopping or step == cfg.max_iters or cfg.eval_only:
             break
 
-        # all randomness of a step is a function of seed, step and process: there is no random state to save
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
+        # forward and backward; all randomness of a step is a function of seed, step and process: it has no state to save
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * machine.world + machine.rank)
         rate = learning_rate(step, cfg)
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = rate * group["peak"]
+        set_rate(opts, rate)
         mean_loss = 0.0
-        for micro_step in range(micro_steps):
-            last = micro_step == micro_steps - 1  # the only backward pass in which the processes exchange gradients
-            with contextlib.nullcontext() if last or world == 1 else running.no_sync():
-                with autocast:
-                    loss = running(*batch(step * micro_steps + micro_step))[1]  # the logits are not kept
-                scaler.scale(loss / micro_steps).backward()
-            mean_loss += loss.detach() / micro_steps
+        for i in range(machine.micro_steps):
+            last = i == machine.micro_steps - 1  # the only backward pass in which the processes exchange gradients
+            with contextlib.nullcontext() if last or machine.world == 1 else running.no_sync():
+                with machine.autocast:
+                    loss = running(*data.batch(step * machine.micro_steps + i))[1]  # the logits are not kept
+                machine.scaler.scale(loss / machine.micro_steps).backward()
+            mean_loss += loss.detach() / machine.micro_steps
         for opt in opts:
-            scaler.unscale_(opt)
+            machine.scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
 
         # the one exchange of a step, so that all processes agree before the update: is all finite, and is it time to stop?
-        loss, norm, stopping = over_processes(mean_loss / world, norm / world, len(signals))
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):
-            stop(step, f"the loss is {loss:.4g} and the norm of the gradient {norm:.4g} at rate {rate:.3g}")
-        high = high + 1 if 0 < 2 * running_mean < loss else 0
-        if not high:
-            running_mean = running_mean + (loss - running_mean) / 100 if running_mean else loss
-        if high == 3:
-            spike = f"the loss, {loss:.4f}, is over twice its running mean, {running_mean:.4f}, for 3 steps"
+        loss, norm, stopping = machine.sums(mean_loss / machine.world, norm / machine.world, len(signals))
+        if not math.isfinite(loss) or not (math.isfinite(norm) or machine.scaler.get_scale() > 1):
+            give_up(f"the loss is {loss:.4g} and the norm of the gradient {norm:.4g} at rate {rate:.3g}")
+        if spike := guard.spike(run, loss):
             if cfg.on_spike == "stop":
-                stop(step, spike)
+                give_up(spike)
             say(f"step {step:6d}: {spike}")
 
+        # the update
         if math.isfinite(norm):  # float16 overflows now and then; the scaler alone would let one of two optimizers step
             for opt in opts:
-                scaler.step(opt)
-        scaler.update()
+                machine.scaler.step(opt)
+        machine.scaler.update()
         model.zero_grad(set_to_none=True)
 
-        bar.update()
-        if step % cfg.log_interval == 0:
-            now = time.time()
-            speed = (step + 1 - clock_step) * tokens_per_step / (now - clock)
-            clock, clock_step = now, step + 1
-            record = dict(train_loss=loss, lr=rate, grad_norm=norm, tokens_per_second=speed)
-            if kind == "cuda":
-                record |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-                peak = next((f for card, f in PEAK_FLOPS.items() if card in torch.cuda.get_device_name()), None)
-                record |= dict(mfu=speed * flops_per_token / (peak * world)) if peak and dtype != "float32" else {}
-            else:
-                record |= dict(memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-            log(step=step, tokens=(step + 1) * tokens_per_step, **record)
-            say(f"step {step:6d}: loss {loss:.4f}, {speed:,.0f} tokens/s")
+        # the log
+        log.trained(step, loss, rate, norm)
 
-    bar.close()
-    if master and cfg.logger:
-        tracker.finish()
-    if world > 1:
+    log.close()
+    if machine.world > 1:
         dist.destroy_process_group()
-
-
-def open_metrics(path, step):
-    """metrics.jsonl, open to append to, without what a run that starts at `step` writes again: later steps, half a line."""
-    kept = []
-    if step and os.path.exists(path):
-        with open(path, "rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    if json.loads(line)["step"] < step + (b"val_loss" in line):
-                        kept.append(line)
-    with replacing(path) as file:
-        file.writelines(kept)
-    return open(path, "a")
 
 
 def main(arguments):

@@ -26,16 +26,18 @@ import numpy as np
 import torch
 
 import checkpoint
-from configurator import UserError, cli
 from data import Split, Writer, get_tokenizer
+from device import flops_per_token, short_dtype
 from experiments import bench, records
+from experiments.arguments import parser_with
 from experiments.bench import BYTES, DEVICE, NANOGPT
 from experiments.records import markdown
-from train import short_dtype
+from guard import UserError, cli
 
 SIZES = BYTES if DEVICE == "cpu" else dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12)
 GPT30M = BYTES | dict(block_size=512, vocab_size=50304, batch_size=2)
-TRAINING = dict(bytes=(BYTES, 3.0), GPT30M=(GPT30M, 2.5)) if DEVICE == "cpu" else dict(GPT124M=(SIZES, 1.2))
+LINEAR = ("LinearMHA", "GatedLinearMHA")
+COPIES = 20  # of the text to prepare: so many that starting weighs little, as it does in MiniPile
 
 
 def sized(args, sizes, **others):
@@ -49,16 +51,14 @@ def medians(functions, rounds, warm_up=2):
 
 
 def training(args):
-    for name, (sizes, bar) in TRAINING.items():
+    for sizes in (BYTES, GPT30M) if DEVICE == "cpu" else (SIZES,):
         steps = bench.rows(bench.training_step, sized(args, sizes), (NANOGPT, "MHA"))
-        rate = [matrix_products(args)] if DEVICE == "cuda" else []
-        nanogpt, ours, *products = medians([*steps.values(), *rate], args.rounds)
-        short = args.dtype != "float32"  # the promise is made for hardware that multiplies short numbers faster
-        yield f"training, {name}: tokens/s over nanoGPT's", nanogpt / ours, ">=", bar if short else 1.0
-        for seconds in products:
-            flops = bench.build(sized(args, sizes), "MHA")[0].flops_per_token() * sizes["batch_size"] * sizes["block_size"]
-            share = flops / ours * seconds
-            yield f"training, {name}: share of the FLOP/s of {args.dtype} matrix products", share, ">=", 0.5
+        products = [matrix_products(args)] if DEVICE == "cuda" else []
+        nanogpt, ours, *rest = medians([*steps.values(), *products], args.rounds)
+        yield nanogpt / ours
+        for seconds in rest:
+            flops = flops_per_token(bench.build(sized(args, sizes), "MHA")[0]) * sizes["batch_size"] * sizes["block_size"]
+            yield flops * seconds / ours
 
 
 def matrix_products(args, n=4096, times=10):
@@ -75,32 +75,30 @@ def matrix_products(args, n=4096, times=10):
 
 
 def overheads(args):
-    bars = dict(MomenMHA=1.05, NagMHA=1.05, YuriiFormer=1.05, TMMFormer=1.05, LightMHA2nd1st=1.2)
-    base, *times = medians(bench.rows(bench.training_step, sized(args, SIZES), ("MHA", *bars)).values(), args.rounds)
-    for (name, bar), seconds in zip(bars.items(), times, strict=True):
-        yield f"{name}: step over MHA's", seconds / base, "<=", bar
+    names = ("MHA", "MomenMHA", "NagMHA", "YuriiFormer", "TMMFormer", "LightMHA2nd1st")
+    base, *times = medians(bench.rows(bench.training_step, sized(args, SIZES), names).values(), args.rounds)
+    yield from (seconds / base for seconds in times)
     long = sized(args, SIZES, block_size=1024, batch_size=4)
     base, newton = medians(bench.rows(bench.training_step, long, ("MHA", "MHA2nd1st")).values(), args.rounds)
-    yield "MHA2nd1st: step over MHA's at 1,024 tokens", newton / base, "<=", 2.0
+    yield newton / base
 
 
 def flatness(args):
-    for name in ("LinearMHA", "GatedLinearMHA"):
+    for name in LINEAR:
         cells = [sized(args, BYTES, n_layer=2, block_size=T, batch_size=4096 // T) for T in (1024, 4096)]
         short, long = medians([bench.training_step(cell, name) for cell in cells], args.rounds)
-        yield f"{name}: time per token at 4,096 tokens over 1,024", long / short, "<=", 1.1
+        yield long / short
 
 
 def generating(args):
     args = sized(args, BYTES, block_size=1024, new_tokens=1000)
     alone = bench.rows(bench.generation, args, (NANOGPT, "MHA"))
     nanogpt, ours, eight = medians([*alone.values(), bench.generation(args, "MHA", batch=8)], args.generations, warm_up=0)
-    yield "generating 1,000 tokens, MHA: speed over nanoGPT's", nanogpt / ours, ">=", 10.0
-    yield "generating 8 texts at once, MHA: tokens/s over one text's", 8 * ours / eight, ">=", 2.0
+    yield from (nanogpt / ours, 8 * ours / eight)
 
 
 def positions(args):
-    for name in ("LinearMHA", "GatedLinearMHA"):
+    for name in LINEAR:
         model = bench.build(sized(args, BYTES, block_size=4200), name)[0].eval()
 
         def generate(past, new, model=model):
@@ -111,7 +109,7 @@ def positions(args):
         # the first token reads the prompt
         calls = [lambda past=past, new=new: generate(past, new) for past in (1, 4000) for new in (1, 201)]
         first, early, prompt, late = medians(calls, args.rounds)
-        yield f"{name}: time of a new token after 4,000 over one after none", (late - prompt) / (early - first), "<=", 1.1
+        yield (late - prompt) / (early - first)
 
 
 def depth(args):
@@ -119,7 +117,7 @@ def depth(args):
     steps = [bench.training_step(sizes, "MHA", **bench.POLYAK, reversible=True, n_layer=n) for n in (6, 48)]
     # without the gradients, all of which are there when it peaks
     shallow, deep = (bench.peak(step) - step.gradients / 2**20 for step in steps)
-    yield "reversible: peak activation memory of 48 layers over 6", deep / shallow, "<=", 1.3
+    yield deep / shallow
 
 
 def tiktoken_alone(source, part, parts, copies):
@@ -140,14 +138,14 @@ def tiktoken_alone(source, part, parts, copies):
     return tokenize
 
 
-def preparing(args, copies=20):  # so many that starting weighs little, as it does in MiniPile
+def preparing(args):
     paths, parts = sorted(Path(args.source).resolve().rglob("*-*.parquet")), range(args.workers)
     if not paths:
         raise UserError(f"--source {args.source} holds no SPLIT-*.parquet: give text in the layout of MiniPile")
-    alone = [bench.elsewhere(tiktoken_alone, args.source, part, args.workers, copies) for part in parts]
+    alone = [bench.elsewhere(tiktoken_alone, args.source, part, args.workers, COPIES) for part in parts]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.workers) as pool:
         os.mkdir(f"{folder}/source")
-        for i, path in itertools.product(range(copies), paths):
+        for i, path in itertools.product(range(COPIES), paths):
             split, rest = path.name.split("-", 1)  # a name that held its split twice would be read twice
             os.symlink(path, f"{folder}/source/{split}-{i}-{rest}")
         command = [sys.executable, "prepare.py", "bench", "--tokenizer=gpt2", f"--source={folder}/source", f"--out={folder}"]
@@ -160,8 +158,8 @@ def preparing(args, copies=20):  # so many that starting weighs little, as it do
             return float(result.stdout.split()[-2])
 
         ours, theirs = medians([prepare, lambda: sum(pool.map(lambda one: one(), alone))], args.generations, warm_up=1)
-    what = f"prepare of a data set once loaded: {ours:.1f} MB/s, over {args.workers} process(es) of tiktoken alone"
-    yield what, ours / theirs, ">=", 0.9
+    print(f"prepare: {ours:.1f} MB/s with {args.workers} worker(s)")
+    yield ours / theirs
 
 
 def loading(args):
@@ -178,7 +176,7 @@ def loading(args):
             return time.perf_counter() - start
 
         reading, step = medians([batch, bench.training_step(sized(args, SIZES), "MHA")], args.rounds)
-    yield "data: reading a batch over a training step", reading / step, "<=", 0.01
+    yield reading / step
 
 
 def starting(args):
@@ -194,26 +192,51 @@ def starting(args):
         sample = ["sample.py", f"--out_dir={folder}", "--max_new_tokens=1", "--device=cpu"]
         commands = ["-c", "import torch"], ["train.py", "--help"], sample
         alone, train, sample = medians([lambda c=command: start(c) for command in commands], args.rounds, warm_up=1)
-    yield "train.py --help: seconds beyond importing torch", train - alone, "<=", 0.5
-    yield "sample.py, one token: seconds beyond importing torch", sample - alone, "<=", 0.5
+    yield from (train - alone, sample - alone)
 
 
-PARTS = dict(training=training, overheads=overheads, flatness=flatness, generating=generating, positions=positions, depth=depth,
-             preparing=preparing, loading=loading, starting=starting)  # fmt: skip
+# Every promise: the function that measures it, what it says, in which sense, and its bar. A function yields a number for each
+# of its rows, in their order.
+TRAINING = [
+    (training, "training, bytes: tokens/s over nanoGPT's", ">=", 3.0),
+    (training, "training, GPT30M: tokens/s over nanoGPT's", ">=", 2.5),
+]
+if DEVICE == "cuda":
+    TRAINING = [
+        (training, "training, GPT124M: tokens/s over nanoGPT's", ">=", 1.2),
+        (training, "training, GPT124M: share of the FLOP/s of matrix products", ">=", 0.5),
+    ]
+PROMISES = [
+    *TRAINING,
+    (overheads, "MomenMHA: step over MHA's", "<=", 1.05),
+    (overheads, "NagMHA: step over MHA's", "<=", 1.05),
+    (overheads, "YuriiFormer: step over MHA's", "<=", 1.05),
+    (overheads, "TMMFormer: step over MHA's", "<=", 1.05),
+    (overheads, "LightMHA2nd1st: step over MHA's", "<=", 1.2),
+    (overheads, "MHA2nd1st: step over MHA's at 1,024 tokens", "<=", 2.0),
+    (flatness, "LinearMHA: time per token at 4,096 tokens over 1,024", "<=", 1.1),
+    (flatness, "GatedLinearMHA: time per token at 4,096 tokens over 1,024", "<=", 1.1),
+    (generating, "generating 1,000 tokens, MHA: speed over nanoGPT's", ">=", 10.0),
+    (generating, "generating 8 texts at once, MHA: tokens/s over one text's", ">=", 2.0),
+    (positions, "LinearMHA: time of a new token after 4,000 over one after none", "<=", 1.1),
+    (positions, "GatedLinearMHA: time of a new token after 4,000 over one after none", "<=", 1.1),
+    (depth, "reversible: peak activation memory of 48 layers over 6", "<=", 1.3),
+    (preparing, "prepare of a data set once loaded: MB/s over those of tiktoken alone", ">=", 0.9),
+    (loading, "data: reading a batch over a training step", "<=", 0.01),
+    (starting, "train.py --help: seconds beyond importing torch", "<=", 0.5),
+    (starting, "sample.py, one token: seconds beyond importing torch", "<=", 0.5),
+]
+PARTS = {measure.__name__: measure for measure, *_ in PROMISES}
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, nanogpt=None, compile=False, dtype=short_dtype(DEVICE), out="results/bench.json")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all")
-    parser.add_argument("--nanogpt", metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")
     parser.add_argument("--source", metavar="DIR", help="preparing: text in the layout of MiniPile; without it, it is left out")
-    parser.add_argument("--compile", action="store_true", help="compile the variants")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=short_dtype(DEVICE))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="preparing: processes that tokenize")
     parser.add_argument("--rounds", type=int, default=15, help="training steps, and starts of a program")
     parser.add_argument("--generations", type=int, default=3, help="generated texts, and prepared data sets")
     parser.add_argument("--margin", type=float, default=1.0, help="how far from its bar a ratio may be, as a factor")
-    parser.add_argument("--out", default="results/bench.json", help="the list that the result is added to")
     args = parser.parse_args(arguments)
     if unknown := set(args.parts) - set(PARTS):
         raise UserError(f"{', '.join(unknown)} is none of {', '.join(PARTS)}")
@@ -222,7 +245,7 @@ def main(arguments):
     for folder, holds in (args.source, ""), (args.nanogpt, "model.py"):
         if folder and not os.path.exists(os.path.join(folder, holds)):
             raise UserError(f"{os.path.join(folder, holds)} does not exist: give another --source or --nanogpt")
-    records.read(args.out)  # or an error, before the work
+    found = records.Records(args.out)  # or an error, before the work
     parts = args.parts or [name for name in PARTS if name != "preparing" or args.source]
     for given, otherwise in (
         (args.nanogpt, "nanoGPT's place is taken by MHA, run in the same way: --nanogpt gives its own code"),
@@ -233,13 +256,14 @@ def main(arguments):
             print(otherwise)
     table, missed = [], []
     for name in parts:
-        for what, value, sense, bar in PARTS[name](args):
+        promises = [row for measure, *row in PROMISES if measure.__name__ == name]
+        for (what, sense, bar), value in zip(promises, PARTS[name](args), strict=True):
             table.append([what, f"{value:.4g}", f"{sense} {bar:g}"])
             print(f"{value:8.3f}  {sense} {bar:<5g} {what}", flush=True)
             if not (value >= bar / args.margin if sense == ">=" else value <= bar * args.margin):
                 missed.append(f"{what} is {value:.4g}, its bar {sense} {bar:g}")
     print("\n" + markdown(["promise", "here", "bar"], table))
-    bench.add(args, "bars", table)
+    found.add(bench.record(args, "bars", table))
     if missed:
         raise UserError("\n".join(missed))
 

@@ -33,12 +33,12 @@ from tqdm import tqdm
 
 import checkpoint
 import model as definition
-from configurator import UserError, cli
-from experiments import records
+from device import keep_memory, short_dtype
+from experiments.arguments import parser_with
 from experiments.plot import line, new_figure, save
-from experiments.records import markdown, windows
+from experiments.records import Records, markdown, windows
+from guard import UserError, cli
 from model import GPT, VARIANTS, GPTConfig, causal
-from train import keep_memory, short_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
@@ -69,7 +69,7 @@ def build(args, name, **choices):
             with contextlib.redirect_stdout(io.StringIO()):
                 model = nanogpt.GPT(nanogpt.GPTConfig(bias=False, dropout=0.0, **sizes))
         else:  # this process is the row's own
-            definition.softmax_attention = lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            definition.sdpa = F.scaled_dot_product_attention
             model = GPT(GPTConfig(bias=False, **sizes))
     return model.to(DEVICE), torch.compile(model, dynamic=False) if compiled else model
 
@@ -302,8 +302,9 @@ def correction(attn, x):
     """
     q, k, v = (t[0].float() for t in attn.qkv(x))
     T = attn.temperature
-    seen = causal(q[None], k[None])
-    p = (q @ k.mT / T).masked_fill(~seen, -math.inf).softmax(-1)
+    logits = q @ k.mT / T
+    seen = causal(logits)
+    p = logits.masked_fill(~seen, -math.inf).softmax(-1)
     u = p @ k - q
     s = (u @ k.mT - (u * (p @ k)).sum(-1, keepdim=True)) / T
     size = ((p * s) @ v).norm(dim=-1) / (p @ v).norm(dim=-1)
@@ -347,8 +348,14 @@ def taylor(args):
     return dict(model_config=state["model_config"], step=state["step"], tau=tau.tolist(), lengths=result)
 
 
+def record(args, what, result):
+    """What is kept of a measurement."""
+    made = checkpoint.made_with(DEVICE) | dict(threads=torch.get_num_threads())
+    return dict(what=what, arguments=vars(args), made_with=made, result=result)
+
+
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, nanogpt=None, compile=False, dtype=short_dtype(DEVICE), out="results/bench.json")
     parser.add_argument("what", choices=("steps", "lengths", "memory", "loss", "taylor"))
     parser.add_argument("checkpoint", nargs="?", help="taylor: the folder of a run")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="the first is what the others are compared with")
@@ -356,25 +363,13 @@ def main(arguments):
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096])
     for size, value in (BYTES | dict(rounds=9, new_tokens=0, generations=3, sequences=8, loss_chunk=256)).items():
         parser.add_argument(f"--{size}", type=int, default=value)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default=short_dtype(DEVICE))
-    parser.add_argument("--compile", action="store_true", help="compile the variants")
     parser.add_argument("--peak", action="store_true", help="steps: measure the variants' peak memory")
-    parser.add_argument("--nanogpt", metavar="DIR", help="a clone of github.com/karpathy/nanoGPT")
-    parser.add_argument("--out", default="results/bench.json", help="the list that the result is added to")
     args = parser.parse_args(arguments)
     if unknown := set(args.variants) - set(VARIANTS):
         raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    records.read(args.out)  # or an error, before the work
+    found = Records(args.out)  # or an error, before the work
     result = dict(steps=steps, lengths=lengths, memory=memory, loss=loss, taylor=taylor)[args.what](args)
-    add(args, args.what, result)
-
-
-def add(args, what, result):
-    """Add a result to the records in args.out."""
-    found = records.read(args.out)
-    made = checkpoint.made_with(DEVICE) | dict(threads=torch.get_num_threads())
-    found.append(dict(what=what, arguments=vars(args), made_with=made, result=result))
-    records.write(args.out, json.dumps(found, indent=1))
+    found.add(record(args, args.what, result))
 
 
 if __name__ == "__main__":

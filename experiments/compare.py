@@ -15,7 +15,6 @@ Runs live in out/NAME. Finished ones are not run again and interrupted ones go o
 repeated. It writes results/NAME.md, .png and .json, which has the curves and all that the other two are made from.
 """
 
-import argparse
 import datetime
 import json
 import math
@@ -26,7 +25,7 @@ import subprocess
 import sys
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import torch
@@ -34,10 +33,12 @@ from tqdm import tqdm
 
 import checkpoint
 import train
-from configurator import UserError, cli, parse
+from configurator import parse
 from data import read_meta
+from experiments.arguments import parser_with
 from experiments.plot import enlarge_end, new_figure, read_metrics, save
 from experiments.records import made, markdown, mean_sd, write
+from guard import UserError, cli
 from model import GPT, GPTConfig
 
 UNITS = ("steps", "tokens", "seconds")
@@ -46,9 +47,8 @@ UNITS = ("steps", "tokens", "seconds")
 def count(cfg):
     """count_parameters() of a run's model."""
     vocab_size = cfg.vocab_size or read_meta(os.path.join(cfg.data_dir, cfg.dataset))["vocab_size"]
-    choices = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | dict(vocab_size=vocab_size)
     with torch.device("meta"):
-        return GPT(GPTConfig(**choices)).count_parameters()
+        return GPT(train.choices(cfg, vocab_size=vocab_size)).count_parameters()
 
 
 def matched(cfg, other):
@@ -265,12 +265,11 @@ def draw(data, path):
 
 def main(arguments):
     shared = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, seeds=[1, 2])
     parser.add_argument("name", help="of the comparison")
     parser.add_argument(
         "--systems", nargs="+", required=True, help='variants, or "VARIANT --override=value"; the first is the base'
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--config", default="config/demo.toml")
     budget = parser.add_mutually_exclusive_group()
     for unit in UNITS:

@@ -7,20 +7,22 @@ of its weights, the scalars that the layers learned, and the weights themselves.
 Energies and entropies are means over positions and sequences. Layers count from 0, in the order of their application.
 """
 
-import argparse
 import math
 import os
 from collections import defaultdict
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
 
 import checkpoint
-from configurator import UserError, cli
+from experiments.arguments import parser_with
 from experiments.plot import plt, save
 from experiments.records import windows
-from model import Scalar
+from guard import UserError, cli
+from model import Scalar, causal
 
 HEADS, POSITIONS = 4, 64  # of the attention weights, as many as stay readable
 
@@ -30,6 +32,67 @@ def read(folder, split, sequences, config):
     if sequences < 1:
         raise UserError(f"--sequences {sequences} must be at least 1")
     return windows(folder, split, sequences, config)[0]
+
+
+def log_sum_exp(E, temperature):
+    """F = -temperature log sum_j exp(-E_j / temperature), (B, nh, T), and the p_j of its gradient; E: (B, nh, T, T)."""
+    logits = (-E / temperature).masked_fill(~causal(E), -math.inf)
+    return -temperature * logits.logsumexp(-1), logits.softmax(-1)
+
+
+def free_energy(attn, x, context):
+    """
+    The free energy of an attention's queries at x among its keys at context, (B, nh, T), and the p_j of its gradient,
+    (B, nh, T, T), before a curvature or Huber's cut reweighs them; None for the linear energies, which are plain sums. Raises
+    UserError for an energy that stands nowhere here.
+    """
+    config = attn.config
+    if config.tied:  # summed over heads it is the energy of the token
+        return log_sum_exp(-attn.project(x, 0) @ attn.project(context, 1).mT, attn.temperature)
+    q, k = attn.qkv(x)[0], attn.qkv(context)[1]
+    match config.energy:
+        case "softmax":
+            return log_sum_exp(-q @ k.mT, attn.temperature)
+        case "huber":
+            r = torch.cdist(q, k)
+            E = F.huber_loss(r, torch.zeros_like(r), reduction="none", delta=config.delta * attn.temperature)
+            return log_sum_exp(E, attn.temperature)
+        case "linear" | "gated_linear":
+            b = attn.log_a(context).cumsum(-1)
+            decay = (b[..., :, None] - b[..., None, :]).exp().tril()
+            return (-(q @ k.mT).square() / 2 * decay).sum(-1), None
+    raise UserError(
+        f"experiments.energy does not know the free energy of energy={config.energy}: add its case to free_energy()"
+    )
+
+
+@torch.no_grad()
+def energies(model, idx):
+    """
+    What attention descends, layer by layer, for idx (B, T): dict of
+        before, after   free energy of the queries before and after the step that attention moves (under Euler splitting
+                        with the MLP), among the keys that it saw: (layers, nh), means over sequences and positions,
+                        in units of q.k, for the linear energies of its square
+        entropy         of the p_j that it summed with, in nats: (layers, nh); None for the linear energies
+        attention       these p_j for the first sequence: (layers, nh, T, T); None likewise
+    """
+    x, v = model.embed(idx)
+    rows = defaultdict(list)
+    for block in model.layers():
+        (rule, (attention, *mlp)), *others = block.steps()
+        seen = []  # where the rule asks attention for a direction: at x, or ahead of it
+        moved, v = rule(x, v, lambda y, A=attention, seen=seen: seen.append(y) or A(y), *mlp)
+        context = block.ln_1(seen[0])
+        for key, at in (("before", x), ("after", moved)):
+            rows[key].append(free_energy(block.attn, block.ln_1(at), context)[0].mean((0, 2)))
+        _, p = free_energy(block.attn, context, context)
+        if p is not None:
+            rows["entropy"].append(-torch.xlogy(p, p).sum(-1).mean((0, 2)))
+            rows["attention"].append(p[0])
+        x = moved
+        for rule, oracles in others:
+            x, v = rule(x, v, *oracles)
+    return {key: torch.stack(rows[key]) if rows[key] else None for key in ("before", "after", "entropy", "attention")}
 
 
 def scalars(model):
@@ -130,20 +193,16 @@ def draw_attention(fig, attention):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, ckpt="best.pt", split="val", data_dir=None, out="energy.png")
     parser.add_argument("out_dir", help="folder of the checkpoint")
-    parser.add_argument("--ckpt", default="best.pt", help="its file in there")
-    parser.add_argument("--out", default="energy.png", help="the PNG to write")
     parser.add_argument("--sequences", type=int, default=8, help="windows of text to average over")
-    parser.add_argument("--data_dir", help="folder of the data sets; default: as in training")
-    parser.add_argument("--split", choices=("train", "val"), default="val")
     args = parser.parse_args(arguments)
 
     model, state = checkpoint.load_model(os.path.join(args.out_dir, args.ckpt))
     folder = os.path.join(args.data_dir or state["config"]["data_dir"], state["config"]["dataset"])
-    energies = model.energies(read(folder, args.split, args.sequences, model.config))
-    print(table(energies))
-    fig = draw(energies, scalars(model), model.config, f"{model.config.variant} after {state['step']:,} steps")
+    found = energies(model, read(folder, args.split, args.sequences, model.config))
+    print(table(found))
+    fig = draw(found, scalars(model), model.config, f"{model.config.variant} after {state['step']:,} steps")
     save(fig, args.out)
 
 

@@ -9,11 +9,9 @@ All tasks are asked without examples (zero-shot), in float32. The numbers are pr
 --out, and what is kept there for the same file and the same question is not computed again.
 """
 
-import argparse
 import difflib
 import functools
 import hashlib
-import json
 import math
 import os
 import statistics
@@ -26,9 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError, cli
-from data import get_tokenizer, sha256
-from experiments import records as kept
+from data import get_tokenizer
+from device import pick_device
+from experiments.arguments import parser_with
+from experiments.records import Records
+from files import sha256
+from guard import UserError, cli
 
 try:
     import lm_eval
@@ -203,16 +204,13 @@ def table(records):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, ckpt="best.pt", device="auto", out="results/evaluate.json")
     parser.add_argument("out_dirs", nargs="+", help="folders of checkpoints")
-    parser.add_argument("--ckpt", default="best.pt", help="their file in there")
     parser.add_argument("--tasks", default="", help="names of the harness's tasks, with commas between them")
     parser.add_argument("--data", help="folder with local copies of the tasks' data sets: OWNER/NAME of the hub as DATA/NAME")
     parser.add_argument("--limit", type=int, help="only this many items of each task; default: all")
     parser.add_argument("--text", nargs="+", default=[], help="files of text")
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time; fewer take less memory")
-    parser.add_argument("--device", default="auto", help="cuda, cpu, mps; auto: cuda if there is one")
-    parser.add_argument("--out", default="results/evaluate.json", help="JSON that the results are added to")
     args = parser.parse_args(arguments)
 
     tasks = [name for name in args.tasks.split(",") if name]
@@ -226,9 +224,9 @@ def main(arguments):
     questions = [dict(task=name, data=args.data, limit=args.limit) for name in tasks]
     questions += [dict(task=path, data=hashlib.sha256(text.encode()).hexdigest(), limit=None) for path, text in texts.items()]
 
-    device = checkpoint.pick_device(args.device)
-    records, asked = kept.read(args.out), []
-    for name in set(tasks) - {r["task"] for r in records}:  # those in the records exist
+    device = pick_device(args.device)
+    records, asked = Records(args.out), []
+    for name in set(tasks) - {r["task"] for r in records.all}:  # those in the records exist
         if name not in (names := task_manager().all_subtasks):
             near = difflib.get_close_matches(name, names, n=3)
             raise UserError(f"lm-eval has no single task named {name}" + (f"; it has {', '.join(near)}" if near else ""))
@@ -238,15 +236,13 @@ def main(arguments):
         lm = Adapter(model, get_tokenizer(state["tokenizer"]), args.batch_size)
         about = dict(checkpoint=path, sha256=sha256(path), system=model.config.variant, step=state["step"])
         for question in questions:
-            key = about | question
-            record = kept.find(records, key)
-            if record is None:
+
+            def answer(lm=lm, question=question):
                 start, task = time.time(), question["task"]
-                record = key | (evaluate_text(lm, texts[task]) if task in texts else evaluate_task(lm, **question))
-                record |= checkpoint.made_with(device) | dict(lm_eval=lm_eval.__version__, seconds=time.time() - start)
-                records.append(record)
-                kept.write(args.out, json.dumps(records, indent=1) + "\n")
-            asked.append(record)
+                found = evaluate_text(lm, texts[task]) if task in texts else evaluate_task(lm, **question)
+                return found | checkpoint.made_with(device) | dict(lm_eval=lm_eval.__version__, seconds=time.time() - start)
+
+            asked.append(records.find_or(about | question, answer))
     print(table(asked))
 
 

@@ -17,9 +17,7 @@ Every finished fine-tuning is added to the JSON at --out and not run again, so t
 table goes beside it as Markdown.
 """
 
-import argparse
 import itertools
-import json
 import math
 import os
 import shlex
@@ -35,9 +33,12 @@ from tqdm import tqdm
 
 import checkpoint
 import train
-from configurator import UserError, cli
-from data import get_tokenizer, sha256
-from experiments.records import find, made, markdown, mean_sd, read, write
+from data import get_tokenizer
+from device import pick_device, short_dtype
+from experiments.arguments import parser_with
+from experiments.records import Records, made, markdown, mean_sd, write
+from files import sha256
+from guard import UserError, cli
 
 # A task's official metrics, which its score in the average is the mean of.
 TASKS = dict(cola=("Matthews",), sst2=("accuracy",), mrpc=("F1", "accuracy"), stsb=("Pearson", "Spearman"),
@@ -84,7 +85,7 @@ def outputs(model, rows):
     T = idx.size(1)  # to one of few lengths, since on a CPU the kernels of every shape stay in memory
     idx = F.pad(idx, (0, min(-T % 16, model.config.block_size - T))).to(device)
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=train.short_dtype(device.type) == "bfloat16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=short_dtype(device.type) == "bfloat16"):
         return model.lm_head(model.hidden(idx)[torch.arange(len(rows), device=device), last]).float()
 
 
@@ -124,8 +125,7 @@ def finetune(model, rows, labels, settings, seed, title=""):
     bar = tqdm(itertools.chain.from_iterable(epochs), title, steps, leave=False, unit="step", disable=None)
     for step, batch in enumerate(bar):
         rate = cfg.learning_rate * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
+        train.set_rate([optimizer], rate)
         said = outputs(model, [rows[i] for i in batch])
         loss = F.mse_loss(said[:, 0], labels[batch]) if classes == 1 else F.cross_entropy(said, labels[batch])
         loss.backward()
@@ -198,20 +198,16 @@ def table(rows, tasks):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, ckpt="best.pt", seeds=[1, 2, 3], device="auto", out="results/glue.json")
     parser.add_argument("out_dirs", nargs="+", help="folders of the checkpoints")
-    parser.add_argument("--ckpt", default="best.pt", help="their file in there")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--source", default="nyu-mll/glue", help="folder of a local copy in the hub's layout")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of head, order of the examples and dropout")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="highest rate")
     parser.add_argument("--weight_decay", type=float, default=0.1, help="of matrices and embeddings")
     parser.add_argument("--dropout", type=float, default=0.1, help="share of activations dropped")
     parser.add_argument("--limit", type=int, help="at most this many training examples, drawn by the seed; default: all")
-    parser.add_argument("--device", default="auto", help="cuda, cpu, mps; auto: cuda if there is one")
-    parser.add_argument("--out", default="results/glue.json", help="JSON that results are added to; the table goes beside it")
     args = parser.parse_args(arguments)
     positive = ("epochs", "batch_size", "learning_rate", "limit")
     problems = [f"--{k} {v} must be positive" for k, v in vars(args).items() if k in positive and v is not None and v <= 0]
@@ -221,10 +217,10 @@ def main(arguments):
         raise UserError("\n".join(problems))
 
     # what can be wrong is found before the first run
-    device = checkpoint.pick_device(args.device)
+    device = pick_device(args.device)
     names = ("source", "epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "limit")
     settings = {name: getattr(args, name) for name in names}
-    made_with, records = checkpoint.made_with(device), read(args.out)
+    made_with, records = checkpoint.made_with(device), Records(args.out)
     systems = {folder: describe(folder, args.ckpt, args.dropout) for folder in args.out_dirs}
     splits = {task: load(args.source, task) for task in args.tasks}
 
@@ -234,14 +230,13 @@ def main(arguments):
         name, encoded = f"`{folder}`, {system['variant']}, {system['step']:,} steps", None
         for seed in args.seeds:
             unit = dict(sha256=system["sha256"], task=task, seed=seed, settings=settings)
-            record = find(records, unit)
+            record = records.find(unit)
             if record is None:
                 model, _ = checkpoint.load_model(os.path.join(folder, args.ckpt), device, dropout=args.dropout)
                 tokenizer = get_tokenizer(system["tokenizer"])
                 encoded = encoded or [encode(split, tokenizer, model.config.block_size) for split in data]
-                record = system | unit | made_with | run(model, task, *encoded, settings, seed, f"{folder} {task} {seed}")
-                records.append(record)
-                write(args.out, json.dumps(records, indent=1) + "\n")
+                found = run(model, task, *encoded, settings, seed, f"{folder} {task} {seed}")
+                record = records.add(system | unit | made_with | found)
                 print(f"{folder} {task} {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["scores"].items()))
             rows.setdefault(name, {}).setdefault(task, []).append(record["scores"])
             cut[task] = record["cut"]

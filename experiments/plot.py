@@ -4,14 +4,14 @@ Loss curves of one or several runs as a PNG.
     python -m experiments.plot out/demo out/mha --by tokens --out loss.png
 """
 
-import argparse
 import json
 import os
 from math import isfinite
 
 import matplotlib
 
-from configurator import UserError, cli
+from experiments.arguments import parser_with
+from guard import UserError, cli
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -73,10 +73,9 @@ def label(path):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, out="loss.png")
     parser.add_argument("runs", nargs="+", help="folders of runs, or their metrics.jsonl")
     parser.add_argument("--by", choices=X, default="step")
-    parser.add_argument("--out", default="loss.png", help="the PNG to write")
     args = parser.parse_args(arguments)
 
     fig, ax = new_figure()

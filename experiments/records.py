@@ -7,8 +7,9 @@ import statistics
 
 import torch
 
-from configurator import UserError
-from data import Split, read_meta, replacing
+from data import Split, read_meta
+from files import replacing
+from guard import UserError
 
 
 def windows(folder, split, count, config):
@@ -22,15 +23,33 @@ def windows(folder, split, count, config):
     return tuple(map(torch.from_numpy, text.windows(text.fixed(count))))
 
 
-def read(path):
-    """The list of records that earlier calls wrote to path; none if there is no file. Raises UserError."""
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a JSON of this command ({type(error).__name__}): choose another --out") from None
+class Records:
+    """A list of finished work, dicts, kept as JSON at path. Raises UserError if there is a file that is no such list."""
+
+    def __init__(self, path):
+        self.path, self.all = path, []
+        if os.path.exists(path):
+            try:
+                with open(path) as file:
+                    self.all = json.load(file)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{path} is not a JSON of this command ({type(error).__name__}): choose another --out"
+                ) from None
+
+    def find(self, identity):
+        """The record that has all of these items, or None."""
+        return next((record for record in self.all if identity.items() <= record.items()), None)
+
+    def add(self, record):
+        """Keep a record. Raises UserError if the file cannot be written."""
+        self.all.append(record)
+        write(self.path, json.dumps(self.all, indent=1) + "\n")
+        return record
+
+    def find_or(self, identity, compute):
+        """The record that has all of these items or, if there is none, a new one of them and of what compute() returns."""
+        return self.find(identity) or self.add(identity | compute())
 
 
 def write(path, text):
@@ -43,11 +62,6 @@ def write(path, text):
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
 
 
-def find(records, identity):
-    """The record that has all of these items, or None."""
-    return next((record for record in records if identity.items() <= record.items()), None)
-
-
 def mean_sd(values, form=".4f", sd=None):
     """Mean ± standard deviation, which a single value doesn't have. form, sd: how they are written. inf: it diverged."""
     if math.inf in values:
@@ -56,11 +70,10 @@ def mean_sd(values, form=".4f", sd=None):
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{sd or form.lstrip('+')}}"
 
 
-def markdown(head, rows):
-    """A table in Markdown, its first column to the left."""
-    return (
-        "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] + ["--:"] * (len(head) - 1), *rows)) + "\n"
-    )
+def markdown(head, rows, left=1):
+    """A table in Markdown, its first `left` columns to the left."""
+    line = ["---"] * left + ["--:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, line, *rows)) + "\n"
 
 
 def made(records):

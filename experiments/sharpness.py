@@ -11,7 +11,6 @@ flatter minima; compare runs of one data set and budget, since both numbers fall
 the weights.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -24,9 +23,11 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError, cli
-from data import sha256
-from experiments.records import find, made, markdown, mean_sd, read, windows, write
+from device import pick_device
+from experiments.arguments import parser_with
+from experiments.records import Records, made, markdown, mean_sd, windows, write
+from files import sha256
+from guard import UserError, cli
 from model import GPTConfig
 
 
@@ -154,26 +155,20 @@ def table(records, args):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, ckpt="ckpt.pt", split="train", data_dir=None, device="auto", out="results/sharpness")
     parser.add_argument("runs", nargs="+", help="folders of runs of train.py")
-    parser.add_argument("--ckpt", default="ckpt.pt", help="the file in each: ckpt.pt, the latest, or best.pt")
     parser.add_argument("--batches", type=int, default=8, help="batches of windows that the loss is the mean of")
     parser.add_argument("--batch_size", type=int, default=4, help="windows in a batch")
     parser.add_argument("--probes", type=int, default=16, help="random vectors for the trace")
     parser.add_argument("--iterations", type=int, default=20, help="Lanczos iterations for the eigenvalue")
     parser.add_argument("--seed", type=int, default=0, help="of the probes and of Lanczos' first vector")
-    parser.add_argument("--split", choices=("train", "val"), default="train")
-    parser.add_argument("--data_dir", help="folder of the data sets; default: as in training")
-    parser.add_argument("--device", default="auto", help="cuda, cpu; auto: cuda if there is one")
-    parser.add_argument("--out", default="results/sharpness", help="the .md and .json to write, without the ending")
     args = parser.parse_args(arguments)
     for name, least in dict(batches=1, batch_size=1, probes=2, iterations=2).items():
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
-    device = checkpoint.pick_device(args.device)
+    device = pick_device(args.device)
 
-    out = f"{args.out}.json"
-    known, records = read(out), []
+    known, records = Records(f"{args.out}.json"), []
     with tqdm(total=len(args.runs) * (args.probes + args.iterations), unit="product", disable=None) as bar:
         for run in args.runs:
             path = os.path.join(run, args.ckpt)
@@ -181,14 +176,9 @@ def main(arguments):
             identity = dict(run=run) | {k: getattr(args, k) for k in settings}
             if os.path.exists(path):  # otherwise measure() says what to do
                 identity |= dict(sha256=sha256(path))
-            record = find(known, identity)
-            if record:
-                bar.update(args.probes + args.iterations)
-            else:
-                record = identity | measure(path, args, device, bar.update)
-                known.append(record)
-                write(out, json.dumps(known, indent=1) + "\n")
-            records.append(record)
+            before = bar.n
+            records.append(known.find_or(identity, lambda path=path: measure(path, args, device, bar.update)))
+            bar.update(before + args.probes + args.iterations - bar.n)  # nothing was left to do for a record that was found
     text = table(records, args)
     write(f"{args.out}.md", text)
     print(text)

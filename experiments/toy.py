@@ -13,14 +13,12 @@ gradient in the attention parameters of each layer, means over all steps. Curves
 --out.md, numbers to --out.json; a problem, system and seed that stands there isn't run again.
 """
 
-import argparse
-import json
 import math
 import os
 import shlex
 import statistics
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import torch
 import torch.nn as nn
@@ -28,12 +26,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError, cli, parse
+from configurator import parse
 from data import Split
+from device import pick_device
+from experiments.arguments import parser_with
 from experiments.plot import plt, save
-from experiments.records import find, made, markdown, mean_sd, read, write
-from model import GPT, GPTConfig
-from train import Config, learning_rate, optimizers
+from experiments.records import Records, made, markdown, mean_sd, write
+from guard import UserError, cli
+from model import GPT
+from train import Config, choices, learning_rate, optimizers, set_rate
 
 D, EXAMPLES, NOISE, SEQUENCES = 2, 8, 0.1, 32  # of regression: dimension of x, (x, y) in a sequence, sd of the noise, batch
 BLOCK_SIZE, WINDOWS = 128, 4  # of lis: tokens in a window, windows in a batch
@@ -175,7 +176,7 @@ def configure(system, args, seed):
 def build(problem, cfg, mlp, device):
     """The problem's model; without MLPs, theirs is the direction 0."""
     torch.manual_seed(cfg.seed)
-    model = GPT(GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | problem.sizes))
+    model = GPT(choices(cfg, **problem.sizes))
     problem.fit(model)
     if not mlp:
         for block in model.transformer.h:
@@ -200,9 +201,8 @@ def train(problem, cfg, args, device):
         problem.training_loss(model, *problem.batch(cfg.seed, step)).backward()
         norms += gradient_norms(model) / args.steps
         nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        set_rate(opts, learning_rate(step, cfg))
         for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = learning_rate(step, cfg) * group["peak"]
             opt.step()
             opt.zero_grad()
     seconds = time.time() - began
@@ -255,35 +255,30 @@ def table(problem, runs):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_with(__doc__, seeds=[1, 2, 3], data_dir="data", device="auto", out="results/toy")
     parser.add_argument("--systems", nargs="+", default=["MHA", "MomenMHA", "NagMHA", "DenseMHA"],
                         help='variants, or "VARIANT --override=value"')  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--n_embd", type=int, default=32, help="width; there are 4 layers of 4 heads")
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="highest rate")
     parser.add_argument("--no_mlp", action="store_true", help="attention alone: take the MLPs out")
-    parser.add_argument("--data_dir", default="data", help="folder that holds the data set lis")
-    parser.add_argument("--device", default="auto", help="cuda, cpu; auto: cuda if there is one")
-    parser.add_argument("--out", default="results/toy", help="the .png, .md and .json to write, without the ending")
     args = parser.parse_args(arguments)
     if args.steps < 10:
         raise UserError(f"--steps {args.steps} must be at least 10")
-    device = checkpoint.pick_device(args.device)
+    device = pick_device(args.device)
     configs = {(system, seed): configure(system, args, seed) for system in args.systems for seed in args.seeds}
     problems = [problem(args.data_dir, device) for problem in (Regression, LIS)]
 
-    known = read(f"{args.out}.json")
+    known = Records(f"{args.out}.json")
     results = {problem.name: {system: [] for system in args.systems} for problem in problems}
     work = [(problem, *key) for key in configs for problem in problems]
     for problem, system, seed in tqdm(work, unit="run", disable=None):
         cfg = configs[system, seed]
         identity = dict(problem=problem.name, system=system, seed=seed, mlp=not args.no_mlp, config=asdict(cfg))
-        record = find(known, identity)
-        if not record:
-            record = identity | checkpoint.made_with(device) | train(problem, cfg, args, device)
-            known.append(record)
-            write(f"{args.out}.json", json.dumps(known) + "\n")
+        record = known.find_or(
+            identity,
+            lambda problem=problem, cfg=cfg: checkpoint.made_with(device) | train(problem, cfg, args, device),
+        )
         results[problem.name][system].append(record)
 
     seeds = ", ".join(map(str, args.seeds))

@@ -11,13 +11,13 @@ import torch
 
 import checkpoint
 import train
-from configurator import UserError, parse
+from configurator import parse
+from conftest import TINY
 from experiments import compare
+from guard import UserError
 from model import GPT, GPTConfig
 
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, batch_size=4, gradient_accumulation_steps=2, warmup_iters=3,
-            eval_iters=2, log_interval=1, max_iters=12, eval_interval=6, compile=False, dropout=0.1,
-            learning_rate=1e-2, min_lr=1e-3, dataset="squares")  # fmt: skip
+RUN = TINY | dict(max_iters=12, eval_interval=6, min_lr=1e-3, dataset="squares")
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def flags(data, tmp_path, monkeypatch):
     """What follows --, for tiny runs; the working folder is an empty one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.toml").write_text("")
-    return [f"--{k}={v}" for k, v in (TINY | dict(data_dir=data)).items()]
+    return [f"--{k}={v}" for k, v in (RUN | dict(data_dir=data)).items()]
 
 
 @pytest.fixture

@@ -1,17 +1,16 @@
 """experiments.bench and bars: what they measure, their commands on tiny models, and the promises themselves."""
 
 import json
-import os
-from pathlib import Path
+import math
 
 import pytest
 import torch
 
 import train
-from configurator import UserError
+from conftest import SHARED, TINY, needs, run
 from experiments import bars, bench
+from guard import UserError
 from model import GPT, VARIANTS, GPTConfig, newton_attention
-from test_train import TINY, run
 
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--rounds=2"]
 
@@ -92,26 +91,18 @@ def test_peak_is_what_autograd_holds():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "margin, parts",
-    [
-        (1.8, ["training", "overheads"]),
-        (1.5, ["flatness", "depth", "loading"]),
-        (2.5, ["generating"]),
-        (1.8, ["positions", "starting"]),
-        (2, ["preparing"]),
-    ],
-)
-def test_no_promise_of_speed_is_missed_by_far(margin, parts, tmp_path):
-    """The ratios on this CPU, with room for whatever else it is doing."""
-    shared = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-    command = ["-m", "experiments.bars", "--rounds=5", "--generations=1", f"--out={tmp_path / 'bars.json'}", *parts]
-    if "preparing" in parts:
-        if not shared.exists():
-            pytest.skip(f"needs text and GPT-2's tokenizer in {shared}")
-        command += ["--source", shared / "minipile-standin"]
-    env = dict(OMP_NUM_THREADS=str(os.cpu_count()), TIKTOKEN_CACHE_DIR=str(shared / "tiktoken_cache"))
-    run(*command, "--margin", margin, **env)
+@needs("minipile-standin", "tiktoken_cache")
+def test_every_promise_is_measured(tmp_path, monkeypatch):
+    """A number for each, whatever it is, on tiny models: speed is for make bench, on a machine that does nothing else."""
+    for name, sizes in (("BYTES", {}), ("SIZES", {}), ("GPT30M", dict(vocab_size=500))):
+        tiny = dict(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=257, batch_size=4)
+        monkeypatch.setattr(bars, name, tiny | sizes)
+    monkeypatch.setattr(bars, "COPIES", 1)
+    command = ["--rounds=1", "--generations=1", "--margin=1e9", f"--source={SHARED / 'minipile-standin'}", "--workers=1"]
+    bars.main([*command, f"--out={tmp_path / 'bars.json'}"])
+    (table,) = results(tmp_path / "bars.json")
+    assert [what for what, _, _ in table] == [what for _, what, _, _ in bars.PROMISES]
+    assert all(math.isfinite(float(value)) for _, value, _ in table)
 
 
 def test_the_end_of_another_process_is_one_line():
@@ -120,8 +111,12 @@ def test_the_end_of_another_process_is_one_line():
 
 
 def test_a_missed_bar_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(bars.PARTS, "starting", lambda args: iter([("up", 1.4, ">=", 3.0), ("down", 1.4, "<=", 1.0)]))
-    command = ["starting", f"--out={tmp_path / 'bars.json'}"]
+    def measured(args):
+        yield from (1.4, 1.4)
+
+    monkeypatch.setattr(bars, "PROMISES", [(measured, "up", ">=", 3.0), (measured, "down", "<=", 1.0)])
+    monkeypatch.setattr(bars, "PARTS", dict(measured=measured, preparing=None))
+    command = ["measured", f"--out={tmp_path / 'bars.json'}"]
     bars.main([*command, "--margin=2.2"])
     for margin, missed in (("2", "up is 1.4, its bar >= 3"), ("1.3", "up is .*\ndown is 1.4, its bar <= 1")):
         with pytest.raises(UserError, match=missed):
@@ -131,3 +126,10 @@ def test_a_missed_bar_is_an_error(tmp_path, monkeypatch):
                          (["stating"], "stating is none of")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             bars.main([*wrong, f"--out={tmp_path / 'bars.json'}"])
+
+
+@pytest.mark.slow
+def test_the_table_of_variants():
+    lines = run("-m", "model").splitlines()
+    assert len(lines) == 2 + len(VARIANTS)
+    assert "| `MHA` | nanoGPT |  | 39,419,904 | 85,056,000 | 0 |" in lines[2]

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -20,22 +17,19 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 import checkpoint
-from configurator import UserError
+import conftest
+from conftest import SHARED, needs, save_run, tiny
 from data import get_tokenizer
 from experiments import evaluate
+from guard import UserError
 from model import GPT, VARIANTS, GPTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 T, EOT = 16, 256
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs copies of HellaSwag and ARC in {SHARED}")
 
 
 def untrained(**choices):
     """A tiny GPT over bytes in float64, with weights large enough for opinions."""
-    torch.manual_seed(0)
-    config = dict(n_layer=2, n_head=2, n_embd=16, block_size=T, vocab_size=260) | choices
-    model = GPT(GPTConfig(**config)).double().eval()
+    model = tiny(**dict(block_size=T, vocab_size=260) | choices).double()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(8 if p.dim() == 2 else 1)
@@ -240,8 +234,7 @@ def test_the_harness_own_adapter_finds_the_same(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, trained):
-    state = dict(model=trained.state_dict(), model_config=asdict(trained.config), tokenizer="bytes", step=60)
-    checkpoint.save(tmp_path, state, best=True)
+    save_run(tmp_path, trained, step=60)
     return tmp_path
 
 
@@ -292,8 +285,6 @@ def test_perplexity_of_a_file(run, trained, capsys, monkeypatch):
 @pytest.mark.parametrize("name, bytes_per_token", [("bytes", 1), ("gpt2", 5)])
 def test_bits_are_over_bytes_and_perplexity_over_tokens(name, bytes_per_token, monkeypatch):
     """Of a model that finds all tokens equally likely. " book" is one of GPT-2's."""
-    if (SHARED / "tiktoken_cache").is_dir():
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     try:
         tokenizer = get_tokenizer(name)
     except UserError as error:
@@ -373,18 +364,12 @@ def test_what_is_wrong_is_said(run, quick):
         command(run, "--text", run / "text")
 
 
-@needs_data
+@needs("hellaswag", "ai2_arc")
 @pytest.mark.slow
 def test_the_command_on_hellaswag_and_arc(run, trained):
     """As a process of its own, with all the harness's tasks to choose from; twice, the second time from its records."""
-    env = os.environ | dict(HF_HOME=str(run / "hf"))
     arguments = [run, "--tasks", "hellaswag,arc_easy", "--data", SHARED, "--limit", 8, "--out", run / "out" / "evaluate.json"]
-    tables = []
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "-m", "experiments.evaluate", *map(str, arguments)], cwd=ROOT, env=env,
-                              text=True, capture_output=True, timeout=300)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        tables.append(done.stdout)
+    tables = [conftest.run("-m", "experiments.evaluate", *arguments, HF_HOME=str(run / "hf")) for _ in range(2)]
     assert tables[0] == tables[1]
     hellaswag, arc_easy = json.loads((run / "out" / "evaluate.json").read_text())
     assert [(m["metric"], m["chance"]) for m in hellaswag["metrics"]] == [("acc", 0.25), ("acc_norm", 0.25)]

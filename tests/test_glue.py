@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +9,22 @@ import pytest
 import torch
 
 import checkpoint
+import conftest
 import train
-from configurator import UserError
+from conftest import SHARED, needs, save_run, tiny
 from data import get_tokenizer
 from experiments import glue
-from model import GPT, VARIANTS, GPTConfig
+from guard import UserError
+from model import VARIANTS
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue"
 BYTES = get_tokenizer("bytes")
 SETTINGS = dict(epochs=1, batch_size=8, learning_rate=1e-2, weight_decay=0.1, limit=None)
-
-
-def untrained(variant="MHA", **choices):
-    torch.manual_seed(0)
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257)
-    return GPT(GPTConfig(variant=variant, **sizes | choices)).eval()
 
 
 @pytest.fixture
 def run(tmp_path):
     """The folder of a checkpoint, of an untrained MHA."""
-    model = untrained()
-    state = dict(model=model.state_dict(), model_config=asdict(model.config), tokenizer="bytes", step=7)
-    checkpoint.save(tmp_path, state, best=True)
+    save_run(tmp_path, tiny())
     return str(tmp_path)
 
 
@@ -135,7 +125,7 @@ def test_a_seed_fixes_the_run(source, monkeypatch):
 
     def trained(seed, **settings):
         """Steps, parameters afterwards, and the examples seen, by their place."""
-        model = untrained(dropout=0.1)
+        model = tiny(dropout=0.1)
         del seen[:]
         torch.seed()  # whatever was drawn before does not matter
         steps = glue.finetune(model, rows, labels, SETTINGS | dict(limit=20) | settings, seed)
@@ -148,7 +138,7 @@ def test_a_seed_fixes_the_run(source, monkeypatch):
     assert len(set(places)) == len(set(other)) == 20 and set(places) != set(other)
     assert not any(torch.equal(a[name], c[name]) for name in a)
     # all weights are trained
-    assert not any(torch.equal(a[name], p) for name, p in untrained().named_parameters() if "lm_head" not in name)
+    assert not any(torch.equal(a[name], p) for name, p in tiny().named_parameters() if "lm_head" not in name)
     steps, _, places = trained(1, epochs=2)
     assert steps == 6 and set(places[:20]) == set(places[20:]) and places[:20] != places[20:]
 
@@ -163,7 +153,7 @@ def test_the_rate_rises_over_a_tenth_and_falls_to_nothing(source, monkeypatch):
         return made
 
     monkeypatch.setattr(train, "optimizers", watched)
-    glue.finetune(untrained("YuriiFormer"), rows, labels, SETTINGS | dict(limit=160), 1)  # 20 steps
+    glue.finetune(tiny("YuriiFormer"), rows, labels, SETTINGS | dict(limit=160), 1)  # 20 steps
     assert len(rates[0]) == 3 and all(len(set(groups)) == 1 for groups in rates)  # matrices, norms, scalars
     expected = [0.5, 1, 1, *(i / 18 for i in range(17, 0, -1))]
     assert [groups[0] for groups in rates] == pytest.approx([1e-2 * share for share in expected])
@@ -171,16 +161,16 @@ def test_the_rate_rises_over_a_tenth_and_falls_to_nothing(source, monkeypatch):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_neither_padding_nor_company_changes_the_outputs(variant, monkeypatch):
-    monkeypatch.setattr(train, "short_dtype", lambda kind: "float32")
-    model = untrained(variant, block_size=40)
+    monkeypatch.setattr(glue, "short_dtype", lambda kind: "float32")
+    model = tiny(variant, block_size=40)
     rows = [torch.randint(256, (n,)) for n in (3, 40, 1, 17)]
     expected = torch.cat([model(row[None])[0][:, 0] for row in rows])  # the model's own last logits
     torch.testing.assert_close(glue.outputs(model, rows), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_predictions_come_in_the_order_of_the_rows(monkeypatch):
-    monkeypatch.setattr(train, "short_dtype", lambda kind: "float32")
-    model, rows = untrained(dropout=0.5), [torch.randint(256, (n,)) for n in (9, 2, 30, 4, 25)]
+    monkeypatch.setattr(glue, "short_dtype", lambda kind: "float32")
+    model, rows = tiny(dropout=0.5), [torch.randint(256, (n,)) for n in (9, 2, 30, 4, 25)]
     expected = [model(row[None])[0].argmax().item() for row in rows]
     assert len(set(expected)) > 2 and glue.predict(model.train(), rows, 2).tolist() == expected  # without dropout
 
@@ -258,18 +248,18 @@ def test_what_does_not_fit_is_said(run, source):
 def test_as_a_command(run, source, tmp_path):
     """A second process, a wrong task, then a right one: one line on standard error and code 1, and a table."""
     for task, code in (("snli", 1), ("rte", 0)):
-        command = ["-m", "experiments.glue", run, "--source", source, "--tasks", task, "--out", str(tmp_path / "x.json")]
-        done = subprocess.run([sys.executable, *command, *QUICK], cwd=Path(glue.__file__).parents[1], text=True,
-                              capture_output=True)  # fmt: skip
-        assert done.returncode == code
-    assert "| majority class | 75.0 | 75.0 |" in done.stdout and len(json.loads((tmp_path / "x.json").read_text())) == 3
+        command = ["-m", "experiments.glue", run, "--source", source, "--tasks", task, "--out", tmp_path / "x.json", *QUICK]
+        said = conftest.run(*command, code=code)
+    assert "| majority class | 75.0 | 75.0 |" in said and len(json.loads((tmp_path / "x.json").read_text())) == 3
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/glue")
+@needs("glue")
 def test_the_real_tasks(run):
     """Two steps on each of the six tasks that are at hand, and the majority classes that are known of them."""
-    records, (_, _, majority, row) = fit(run, str(SHARED), *QUICK, "--seeds", "1", tasks="cola sst2 mrpc stsb rte wnli")
+    records, (_, _, majority, row) = fit(
+        run, str(SHARED / "glue"), *QUICK, "--seeds", "1", tasks="cola sst2 mrpc stsb rte wnli"
+    )
     # sizes of the splits and shares of the commonest class, from the GLUE paper (arXiv 1804.07461) and the data's card
     assert {r["task"]: (r["training"], r["validation"]) for r in records} == dict(
         cola=(8551, 1043), sst2=(67349, 872), mrpc=(3668, 408), stsb=(5749, 1500), rte=(2490, 277), wnli=(635, 71)

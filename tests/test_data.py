@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,16 +21,10 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 import prepare
-from configurator import UserError, parse
+from configurator import parse
+from conftest import ROOT, SHARED, needs
 from data import Split, get_tokenizer, read_meta
-
-ROOT = Path(__file__).resolve().parent
-SHARED = Path(__file__).resolve().parent.parent / "shared" / "data"
-
-
-def needs(*names):
-    missing = [name for name in names if not (SHARED / name).exists()]
-    return pytest.mark.skipif(bool(missing), reason=f"needs ../shared/data/{' and '.join(missing)}")
+from guard import UserError
 
 
 def offline(folder, **variables):
@@ -317,7 +310,7 @@ def test_a_killed_run_leaves_no_meta_and_is_repeated_exactly(here, tmp_path):
     ],
 )
 def test_the_end_of_a_process_is_a_line_at_most(event, code, says, tmp_path):
-    ending = f"import configurator, os, prepare, sys, time; {event}; configurator.cli(prepare.main)"
+    ending = f"import guard, os, prepare, sys, time; {event}; guard.cli(prepare.main)"
     command = [sys.executable, "-c", ending, "lis", "--documents=1000", "--workers=2", f"--out={tmp_path}"]
     done = subprocess.run(command, env=offline(tmp_path), capture_output=True, text=True, timeout=60, start_new_session=True)
     assert done.returncode == code and re.fullmatch(says, done.stderr), done.stderr

@@ -16,37 +16,11 @@ import torch
 import checkpoint
 import sample
 import train
-from configurator import UserError, parse
+from configurator import parse
+from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, losses, run
 from experiments import plot
+from guard import UserError
 from model import GPT, VARIANTS, GPTConfig
-
-ROOT = Path(__file__).resolve().parent
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, batch_size=4, gradient_accumulation_steps=2, warmup_iters=3,
-            eval_iters=2, log_interval=1, compile=False, dropout=0.1, learning_rate=1e-2)  # fmt: skip
-
-
-def run(*command, code=0, launcher=(sys.executable,), **env):
-    """A command of the project as a second process: its standard output or, if it is to fail, its standard error."""
-    done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | env,
-                          stdin=subprocess.DEVNULL, timeout=300)  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stderr if code else done.stdout
-
-
-def fit(data, out_dir, **knobs):
-    """A run in this process: its final checkpoint and its metrics."""
-    cfg = TINY | dict(data_dir=str(data), dataset="squares", out_dir=str(out_dir)) | knobs
-    train.main([f"--{k}={v}" for k, v in cfg.items()])
-    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
-    return checkpoint.load(Path(out_dir) / "ckpt.pt"), [json.loads(line) for line in lines]
-
-
-def losses(metrics):
-    return [(m["step"], m.get("train_loss"), m.get("val_loss")) for m in metrics]
-
-
-def assert_same_tensors(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -71,7 +45,6 @@ def test_a_run_learns_and_says_so(data, tmp_path, optimizer):
     assert model(x, y)[1].item() == pytest.approx(evaluated[-1]["val_loss"], rel=0.01)
 
 
-REVERSIBLE = dict(momentum="polyak", momentum_on="both", beta=0.9, reversible=True, dropout=0)
 RUNS = {variant: dict(variant=variant) for variant in VARIANTS} | dict(reversible=REVERSIBLE, muon=dict(optimizer="muon"))
 
 
@@ -231,9 +204,9 @@ def test_a_checkpoint_of_nanogpt_loads(data, trained, tmp_path):
 def test_a_step_does_not_wait_for_pages():
     """Page faults of blocks as large as activations, made and freed ten times after the heap has grown to hold them."""
     code = """
-import resource, sys, torch, train
+import resource, sys, torch, device
 if sys.argv[1] == "keep":
-    train.keep_memory()
+    device.keep_memory()
 def step():
     return [torch.ones(n << 20) for n in (1, 4, 16)]
 for _ in range(3):
@@ -355,9 +328,7 @@ def test_plot(trained, tmp_path):
 @pytest.mark.slow
 def test_readme_commands(tmp_path):
     """Every command of the README's code blocks runs as written, on tiny models and budgets."""
-    shared = ROOT.parent / "shared" / "data"
-    if not shared.exists():
-        pytest.skip("needs ../shared/data, for a text file and a copy of a hub data set")
+    shared = SHARED
     shutil.copy(shared / "tinyshakespeare" / "input.txt", tmp_path)
     for name in ("config", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name)

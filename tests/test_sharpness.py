@@ -1,7 +1,6 @@
 """experiments.sharpness: its numbers against the explicit Hessian of a tiny model and against differences of gradients."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,21 +8,18 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import checkpoint
-from configurator import UserError
-from data import Split, Writer
+from conftest import save_run, save_tokens, tiny
+from data import Split
 from experiments import sharpness
-from model import GPT, VARIANTS, GPTConfig
+from guard import UserError
+from model import VARIANTS
 
 VOCAB = 11
 
 
-def tiny(variant="MHA", seed=0, **choices):
+def small(*system, **choices):
     """A model far from its initialisation, where each parameter matters."""
-    torch.manual_seed(seed)
-    sizes = dict(n_layer=2, n_head=2, n_embd=4, block_size=6, vocab_size=VOCAB) | choices
-    model = GPT(GPTConfig(variant=variant, **sizes)).eval()
-    vector_to_parameters(parameters_to_vector(model.parameters()) + 0.3 * torch.randn(len(flat(model))), model.parameters())
-    return model
+    return tiny(*system, noise=0.3, **dict(n_embd=4, block_size=6, vocab_size=VOCAB) | choices)
 
 
 def flat(model):
@@ -52,7 +48,7 @@ def explicit():
     A model of a few hundred parameters, its batches of unequal size, and its whole Hessian by differences of gradients:
     torch.func.hessian is no reference here, torch 2.13 differentiates LayerNorm's backward pass forward wrongly.
     """
-    model, data = tiny(n_layer=1).double(), batches(3, 2)
+    model, data = small(n_layer=1).double(), batches(3, 2)
     H = torch.stack([differences(model, data, e) for e in torch.eye(len(flat(model)), dtype=torch.float64)])
     return model, data, (H + H.T) / 2
 
@@ -86,7 +82,7 @@ def test_lanczos_finds_the_largest_eigenvalue(explicit):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_has_products(variant):
-    model, data = tiny(variant).double(), batches(2)
+    model, data = small(variant).double(), batches(2)
     v = torch.randn(len(flat(model)), dtype=torch.float64)
     expected = differences(model, data, v)
     assert (sharpness.hessian_product(model, data, v) - expected).norm() < 1e-5 * expected.norm()
@@ -95,23 +91,12 @@ def test_every_variant_has_products(variant):
 @pytest.fixture
 def run(tmp_path):
     """A function that makes a run's folder with a checkpoint, and returns it."""
-    data = tmp_path / "text"
-    data.mkdir()
-    shards = {}
-    for i, split in enumerate(("train", "val")):
-        writer = Writer(data, split, np.uint16, 1000)
-        writer.add(np.random.default_rng(i).integers(VOCAB, size=200))
-        writer.flush()
-        shards[split] = writer.shards
-    meta = dict(tokenizer="bytes", dtype="uint16", vocab_size=VOCAB, bytes=dict(train=200, val=200), shards=shards)
-    (data / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "text").mkdir()
+    save_tokens(tmp_path / "text", VOCAB, train=200, val=200)
 
     def make(name, variant="MHA", seed=0, **choices):
-        model = tiny(variant, seed, **choices)
         where = dict(data_dir=str(tmp_path), dataset="text", seed=seed)
-        state = dict(model=model.state_dict(), model_config=asdict(model.config), config=where, tokenizer="bytes", step=7)
-        (tmp_path / name).mkdir()
-        checkpoint.save(tmp_path / name, state, best=False)
+        save_run(tmp_path / name, small(variant, seed, **choices), best=False, config=where)
         return tmp_path / name
 
     return make
@@ -137,7 +122,7 @@ def test_the_table(run, tmp_path, capsys):
     records = measure(a, b, c, "--probes", "12", "--iterations", "24", out=tmp_path / "s")
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "s.md").read_text().strip()
-    model, split = tiny("NagMHA", beta=0.5, dropout=0.3, n_layer=1), Split(tmp_path / "text", "train", 6)
+    model, split = small("NagMHA", beta=0.5, dropout=0.3, n_layer=1), Split(tmp_path / "text", "train", 6)
     x, y = map(torch.from_numpy, split.windows(split.fixed(6)))
     loss = model(x, y)[1].item()
     H = torch.stack([sharpness.hessian_product(model, [(x, y)], e) for e in torch.eye(len(flat(model)))])
@@ -189,9 +174,9 @@ def test_what_does_not_fit_is_said(run, tmp_path):
     checkpoint.save(a, {k: v for k, v in state.items() if k != "config"}, best=False)
     with pytest.raises(UserError, match="trained on"):
         measure(a, out=tmp_path / "s")
-    small = run("small", vocab_size=VOCAB - 1)
+    other = run("other", vocab_size=VOCAB - 1)
     with pytest.raises(UserError, match=f"vocabulary of {VOCAB}, the model one of {VOCAB - 1}"):
-        measure(small, out=tmp_path / "s")
+        measure(other, out=tmp_path / "s")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="choose another --out"):
         measure(a, out=tmp_path / "broken")

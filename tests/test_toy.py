@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import prepare
-from configurator import UserError
 from experiments import toy
+from guard import UserError
 from model import VARIANTS
 
 
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_said(data, tmp_path):
     for flags, message in (
         (["--steps", "9"], "--steps 9 must be at least 10"),
         (["--systems", "MomentMHA"], "did you mean MomenMHA"),
-        (["--systems", "MHA --beta=0.4"], "belongs to a momentum"),
+        (["--systems", "MHA --beta=0.4"], "belongs to momentum="),
         (["--data_dir", str(tmp_path)], "python prepare.py lis"),
     ):
         with pytest.raises(UserError, match=message):

@@ -24,9 +24,10 @@ import checkpoint
 import data as shards
 import sample
 import train
-from configurator import UserError, parse
+from configurator import parse
+from conftest import ROOT, TINY, assert_same_tensors, fit, flags, losses
+from guard import UserError
 from model import GPT
-from test_train import ROOT, TINY, assert_same_tensors, fit, losses
 
 STEPS = dict(max_iters=20, eval_interval=8, lr_decay_iters=20)
 
@@ -40,10 +41,6 @@ def nothing_is_left_running():
     while started:
         started[-1].kill()
         started.pop().wait()
-
-
-def flags(data, out_dir, **knobs):
-    return [f"--{k}={v}" for k, v in (TINY | dict(data_dir=data, dataset="squares", out_dir=out_dir) | knobs).items()]
 
 
 def start(*arguments, before="", **env):

@@ -1,0 +1,75 @@
+"""The machine that a model runs on: its device, the precision that is fast there, and how much of it a run uses."""
+
+import ctypes
+import resource
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from guard import UserError
+
+# bf16 matrix products without sparsity, FLOP/s, by a part of the card's name (the makers' data sheets)
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12}  # fmt: skip
+
+
+def pick_device(name, say=lambda text: print(text, file=sys.stderr)):
+    """
+    The device of this name; for auto CUDA if there is a card, else the CPU. Where a card is asked for and there is none it is
+    the CPU too, which say() tells. Raises UserError for a name that is none.
+    """
+    try:
+        kind = torch.device("cpu" if name == "auto" else name).type
+    except RuntimeError:
+        raise UserError(f"device={name!r} is none of auto, cpu, cuda, cuda:1, mps") from None
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        say(f"device={name}, but torch {torch.__version__} sees no CUDA card: going on with the CPU")
+        return "cpu"
+    return name
+
+
+def short_dtype(kind):
+    """The name of the shortest dtype that this kind of device (cuda, cpu, mps) multiplies matrices of faster."""
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    cpu = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    return "bfloat16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") or cpu.get("bf16") else "float32"
+
+
+def keep_memory():
+    """
+    Have glibc's malloc keep what a step frees for the next step, up to the end of the process. By default it returns large
+    blocks to the system, and a step on a CPU spends a fifth of its time on having them back, page by page.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def memory_gb(kind):
+    """The most memory that this process has held at once on this kind of device, in GB."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def peak_flops(kind):
+    """FLOP/s of the card's bfloat16 matrix products as its maker states them; None for a CPU or an unknown card."""
+    if kind != "cuda":
+        return None
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in torch.cuda.get_device_name()), None)
+
+
+def flops_per_token(model):
+    """
+    Multiplications and additions of a training step of a GPT (forward and twice that backward) per token of a full context.
+    Fused attention is counted with all keys, attention in chunks with those that it multiplies.
+    """
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        idx = torch.zeros(1, model.config.block_size, dtype=torch.long)
+        type(model)(model.config).requires_grad_(False)(idx, idx)
+    return 3 * counter.get_total_flops() / model.config.block_size

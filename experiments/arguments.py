@@ -1,0 +1,23 @@
+"""The arguments that several experiments have, each described once."""
+
+import argparse
+
+SHARED = dict(
+    ckpt=dict(help="the file in the folder of a run: best.pt, of least validation loss, or ckpt.pt, the latest"),
+    compile=dict(action="store_true", help="compile the variants"),
+    data_dir=dict(help="folder of the data sets; default: as in training"),
+    device=dict(help="cuda, cpu, mps; auto: cuda if there is one"),
+    dtype=dict(choices=("bfloat16", "float16", "float32"), help="of matrix products"),
+    nanogpt=dict(metavar="DIR", help="a clone of github.com/karpathy/nanoGPT"),
+    out=dict(help="the file to write; where the command makes several, the others go beside it"),
+    seeds=dict(nargs="+", type=int, help="of the weights, the order of the data and dropout"),
+    split=dict(choices=("train", "val"), help="the part of the text that is read"),
+)
+
+
+def parser_with(doc, **defaults):
+    """An ArgumentParser of a program with this docstring that has the SHARED arguments named, with these defaults."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        result.add_argument(f"--{name}", default=default, **SHARED[name])
+    return result
