@@ -233,7 +233,7 @@ class Scalar(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. A subclass is an energy: it defines attend(q, k, v, dropout), a step on it."""
+    """Multi-head attention. A subclass is an energy: its attend(q, k, v, dropout), or all of forward(), is a step on it."""
 
     def __init__(self, config):
         super().__init__()
@@ -428,7 +428,7 @@ class Momentum(nn.Module):
     g(y) = sum_k gamma_k g_k(y). The scalars named in `learned` are parameters, the others the config's constants.
     """
 
-    always_learned = ()
+    always_learned = ()  # the scalars that are parameters in any case
 
     def __init__(self, config, n_oracles, before):
         super().__init__()
@@ -515,10 +515,8 @@ class Dense(nn.Module):
 
 
 RULES = dict(none=Gradient, polyak=Polyak, nesterov=Nesterov, triple=Triple, verlet=Verlet, imex=IMEX, dense=Dense)
-# The steps of a layer, by the oracles that each asks: A attention, M the MLP.
-SPLITTINGS = dict(lie_trotter=("A", "M"), euler=("AM",))
-# The steps that the momentum's rule takes; the others are Gradient's.
-MOVED = dict(attention=("A",), both=("A", "M", "AM"))
+SPLITTINGS = dict(lie_trotter=("A", "M"), euler=("AM",))  # the steps of a layer, by what each asks: A attention, M the MLP
+MOVED = dict(attention=("A",), both=("A", "M", "AM"))  # the steps that the momentum's rule takes; the others are Gradient's
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -570,11 +568,10 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
         for name, module in self.transformer.named_modules():
-            if isinstance(module, Scalar | nn.LayerNorm):  # which start as they were made
-                continue
             std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj") else 0.02
             for p in module.parameters(recurse=False):
-                nn.init.normal_(p, std=std) if p.dim() > 1 else nn.init.zeros_(p)
+                if not isinstance(module, Scalar | nn.LayerNorm):  # these start as they were made
+                    nn.init.normal_(p, std=std) if p.dim() > 1 else nn.init.zeros_(p)
 
     def embed(self, idx, past=0):
         """The iterate and the velocity before the first layer, (B, T, C) each. Raises ValueError beyond block_size."""

@@ -310,7 +310,9 @@ def test_a_killed_run_leaves_no_meta_and_is_repeated_exactly(here, tmp_path):
     ],
 )
 def test_the_end_of_a_process_is_a_line_at_most(event, code, says, tmp_path):
-    ending = f"import guard, os, prepare, sys, time; {event}; guard.cli(prepare.main)"
+    """Ctrl-C ends all processes without a word, a worker that is killed with one line."""
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # also where the tests run in the background
+    ending = f"import guard, os, prepare, signal, sys, time; {heard}; {event}; guard.cli(prepare.main)"
     command = [sys.executable, "-c", ending, "lis", "--documents=1000", "--workers=2", f"--out={tmp_path}"]
     done = subprocess.run(command, env=offline(tmp_path), capture_output=True, text=True, timeout=60, start_new_session=True)
     assert done.returncode == code and re.fullmatch(says, done.stderr), done.stderr

@@ -25,7 +25,7 @@ import data as shards
 import sample
 import train
 from configurator import parse
-from conftest import ROOT, TINY, assert_same_tensors, fit, flags, losses
+from conftest import ROOT, TINY, assert_same_tensors, fit, flags, losses, run
 from guard import UserError
 from model import GPT
 
@@ -132,6 +132,7 @@ def test_a_crash_between_any_two_operations_of_a_save(tmp_path, monkeypatch, bes
 
 
 def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    """A power cut leaves whole files: each is synced before it takes its name, and then the folder is."""
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -194,6 +195,7 @@ def test_killed_fifty_times(data, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_step_and_saves(data, whole, tmp_path, monkeypatch, capsys, number):
+    """SIGTERM, SIGINT and SIGUSR1 end the run after its step with a checkpoint, and a resumed run is the uninterrupted one."""
     rate = train.learning_rate
 
     def interrupted(step, cfg):
@@ -224,13 +226,13 @@ def test_a_signal_from_outside_and_a_second_one(data, tmp_path):
     wait_for_lines(tmp_path / "two", 1, hangs)
     for each in (process, hangs):
         each.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0, process.stderr.read()
+    assert process.wait(180) == 0, process.stderr.read()
     state = checkpoint.load(tmp_path / "one" / "ckpt.pt")
     assert state["step"] == json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])["step"] + 1
     time.sleep(1.2)
     assert hangs.poll() is None
     hangs.send_signal(signal.SIGTERM)
-    assert hangs.wait(5) == 128 + signal.SIGTERM and "stopping after this step" in hangs.stderr.read()
+    assert hangs.wait(180) == 128 + signal.SIGTERM and "stopping after this step" in hangs.stderr.read()
 
 
 @pytest.mark.slow
@@ -289,6 +291,7 @@ def spoil(monkeypatch, steps, loss=lambda x: x, gradient=None):
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_divergence_stops_before_the_update(data, tmp_path, monkeypatch, where, number):
+    """NaN or Inf in the loss or a gradient: no update, an error with step, rate and last checkpoint, and its advice works."""
     updates = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: updates.append(1) or step(self, *a))
@@ -304,6 +307,7 @@ def test_divergence_stops_before_the_update(data, tmp_path, monkeypatch, where, 
 
 
 def test_a_validation_loss_that_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
+    """The run ends, and the last good checkpoint stays."""
     evaluated = []
     forward = GPT.forward
 
@@ -334,6 +338,7 @@ def test_a_spike(data, tmp_path, monkeypatch, capsys):
 
 
 def test_a_spike_is_seen_across_a_resume(data, tmp_path, monkeypatch):
+    """One high loss before the stop and two after it are three in a row."""
     spoil(monkeypatch, [7, 8, 9], loss=lambda x: 10 * x)
     fit(data, tmp_path, **STEPS | dict(max_iters=8))
     monkeypatch.undo()
@@ -385,6 +390,7 @@ train.GPT.forward = broken"""
 
 @pytest.mark.slow
 def test_nan_on_one_process_stops_both(data, tmp_path):
+    """With the same error, before the same update."""
     for process in two(*flags(data, tmp_path, **STEPS), before=NAN_ON_ONE):
         assert process.wait(180) == 1
         assert "error: step 11: the loss is nan" in process.stderr.read()
@@ -392,14 +398,14 @@ def test_nan_on_one_process_stops_both(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, seconds", [(signal.SIGKILL, 5), (signal.SIGSTOP, 15)])
-def test_a_dead_or_silent_process_ends_the_other(data, tmp_path, number, seconds):
-    pair = two(*flags(data, tmp_path, **STEPS | dict(max_iters=9_000, eval_interval=9_000, timeout=8)))
+@pytest.mark.parametrize("number, timeout", [(signal.SIGKILL, 9_000), (signal.SIGSTOP, 8)])
+def test_a_dead_or_silent_process_ends_the_other(data, tmp_path, number, timeout):
+    """With one line: a dead one at once, however long the timeout; a silent one after --timeout seconds."""
+    pair = two(*flags(data, tmp_path, **STEPS | dict(max_iters=9_000, eval_interval=9_000, timeout=timeout)))
     wait_for_lines(tmp_path, 10, pair[0])
     pair[1].send_signal(number)
-    began = time.time()
-    assert pair[0].wait(180) == 1 and time.time() - began < seconds
-    assert "another process ended or did not answer within timeout=8 seconds" in pair[0].stderr.read()
+    assert pair[0].wait(180) == 1
+    assert f"another process ended or did not answer within timeout={timeout} seconds" in pair[0].stderr.read()
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 0
 
 
@@ -440,6 +446,7 @@ def test_two_processes_compute_the_gradients_of_one(data, tmp_path):
 
 
 def test_accumulation_that_processes_cannot_share(data, tmp_path, monkeypatch):
+    """An error before anything is written."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="gradient_accumulation_steps=3 must be a multiple of the 2 processes"):
         fit(data, tmp_path, gradient_accumulation_steps=3)
@@ -451,6 +458,7 @@ def test_accumulation_that_processes_cannot_share(data, tmp_path, monkeypatch):
 
 
 def test_a_broken_checkpoint_is_never_a_fresh_start(data, tmp_path):
+    """It is refused, never replaced, and the one before is offered; to take the offer works."""
     fit(data, tmp_path, **STEPS)
     contents = (tmp_path / "ckpt.pt").read_bytes()
     for broken in (None, b"", contents[: len(contents) // 2], contents[:2000] + bytes(500) + contents[2500:]):
@@ -468,6 +476,7 @@ def test_a_broken_checkpoint_is_never_a_fresh_start(data, tmp_path):
 
 
 def test_a_changed_bit_of_a_checkpoint_is_found(trained, tmp_path):
+    """A single bit anywhere is found, unless nothing reads it."""
     contents, expected, place = (trained / "ckpt.pt").read_bytes(), checkpoint.load(trained / "ckpt.pt"), random.Random(0)
     found = 0
     for _ in range(150):
@@ -485,10 +494,10 @@ def test_a_changed_bit_of_a_checkpoint_is_found(trained, tmp_path):
 
 
 def test_a_checkpoint_says_what_differs(data, trained, tmp_path):
+    """Another model, seed, batch or text is refused with a list; the same batch in other parts is not."""
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "text.txt").write_text("other text\n" * 500)
-    subprocess.run([sys.executable, "prepare.py", "other", "--input", tmp_path / "text.txt", "--out", tmp_path], cwd=ROOT,
-                   check=True, capture_output=True)  # fmt: skip
+    run("prepare.py", "other", "--input", tmp_path / "text.txt", "--out", tmp_path)
     same = dict(init_from="resume", n_embd=32, dropout=0)
     for knobs, words in (
         (dict(variant="NagMHA", n_embd=64), ["n_embd=32, not 64", "variant=MHA, not NagMHA", "momentum=none, not nesterov"]),
@@ -506,6 +515,7 @@ def test_a_checkpoint_says_what_differs(data, trained, tmp_path):
 
 
 def test_a_checkpoint_tells_of_other_versions(data, trained, tmp_path, monkeypatch, capsys):
+    """A run resumed with other software says so and goes on."""
     state = checkpoint.load(trained / "ckpt.pt")
     checkpoint.save(tmp_path, state | dict(made_with=state["made_with"] | dict(torch="1.0", commit="abc")), best=False)
     fit(data, tmp_path, init_from="resume", n_embd=32, dropout=0, max_iters=61)
@@ -518,12 +528,12 @@ def test_a_checkpoint_tells_of_other_versions(data, trained, tmp_path, monkeypat
 def squares(data, tmp_path):
     """A copy of the data set to break, in small shards, and its meta."""
     out = tmp_path / "data"
-    subprocess.run([sys.executable, "prepare.py", "squares", "--input", data / "text.txt", "--out", out,
-                    "--shard_tokens=1000"], cwd=ROOT, check=True, capture_output=True)  # fmt: skip
+    run("prepare.py", "squares", "--input", data / "text.txt", "--out", out, "--shard_tokens=1000")
     return out / "squares", json.loads((out / "squares" / "meta.json").read_text())
 
 
 def test_broken_shards_are_named_before_the_first_step(squares, tmp_path):
+    """Missing, cut, of another dtype or shape, with other or impossible tokens: the file is named, and no out_dir appears."""
     folder, meta = squares
     path = folder / "train_001.npy"
     contents, tokens = path.read_bytes(), np.load(path)
@@ -555,6 +565,7 @@ def test_broken_shards_are_named_before_the_first_step(squares, tmp_path):
 
 
 def test_large_data_is_verified_by_sample_or_whole(squares, tmp_path, monkeypatch):
+    """Large data by another sample each time, or all of it with --verify."""
     folder, meta = squares
     hashed = []
     real = shards.sha256
@@ -595,12 +606,14 @@ def test_disk_full(data, whole, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(data):
+    """One line that says what to choose instead."""
     for folder in ("/proc/nothing", data / "text.txt"):
         with pytest.raises(UserError, match="cannot write to out_dir=.*choose another --out_dir"):
             fit(data, folder, **STEPS)
 
 
 def test_without_cuda_or_bfloat16_the_run_goes_on_and_says_so(data, trained, tmp_path, monkeypatch, capsys):
+    """Each fallback is said once, by train.py and by sample.py."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
     fit(data, tmp_path, device="cuda", dtype="bfloat16", max_iters=2)
@@ -613,6 +626,7 @@ def test_without_cuda_or_bfloat16_the_run_goes_on_and_says_so(data, trained, tmp
 
 @pytest.mark.slow
 def test_without_a_real_compiler(data, tmp_path):
+    """The run goes on uncompiled."""
     env = dict(CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     process = start(*flags(data, tmp_path, **TINY | dict(max_iters=2, compile=True)), **env)
     assert process.wait(200) == 0, process.stderr.read()
@@ -621,6 +635,7 @@ def test_without_a_real_compiler(data, tmp_path):
 
 @pytest.mark.slow
 def test_out_of_memory(data, tmp_path):
+    """One line that names the knobs to change and how."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))"
     process = start(*flags(data, tmp_path, n_embd=2048, batch_size=20_000, eval_iters=1, **STEPS), before=limit)
     assert process.wait(120) == 1
@@ -630,6 +645,7 @@ def test_out_of_memory(data, tmp_path):
 
 
 def test_deterministic_runs_are_the_same_run(data, tmp_path, monkeypatch):
+    """Two runs of one seed have the same losses to the bit, one of another seed has not."""
     seen = []
     rate = train.learning_rate
     monkeypatch.setattr(
@@ -714,6 +730,7 @@ def test_any_checkpoint(data, trained, tmp_path_factory, draw):
 @some
 @given(st.data())
 def test_any_meta(data, tmp_path_factory, draw):
+    """A meta.json with something missing or replaced gives an error for users, or trains."""
     folder = tmp_path_factory.mktemp("any") / "squares"
     shutil.copytree(data / "squares", folder)
     meta = json.loads((folder / "meta.json").read_text())
@@ -725,6 +742,7 @@ def test_any_meta(data, tmp_path_factory, draw):
 @some
 @given(st.binary(max_size=300), st.integers(0, 3000), st.sampled_from(["train_000.npy", "meta.json"]))
 def test_any_bytes_in_a_data_set(data, tmp_path_factory, noise, place, name):
+    """Bytes changed anywhere in a shard are found."""
     folder = tmp_path_factory.mktemp("any") / "squares"
     shutil.copytree(data / "squares", folder)
     contents = (folder / name).read_bytes()

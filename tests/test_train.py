@@ -17,7 +17,7 @@ import checkpoint
 import sample
 import train
 from configurator import parse
-from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, losses, run
+from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, losses, needs, run
 from experiments import plot
 from guard import UserError
 from model import GPT, VARIANTS, GPTConfig
@@ -25,6 +25,7 @@ from model import GPT, VARIANTS, GPTConfig
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_learns_and_says_so(data, tmp_path, optimizer):
+    """Losses fall, every number of metrics.jsonl is there, and the validation loss is that of the saved weights."""
     state, metrics = fit(data, tmp_path, max_iters=60, eval_interval=20, optimizer=optimizer, variant="NagMHA")
     trained, evaluated = ([m for m in metrics if key in m] for key in ("train_loss", "val_loss"))
     assert [m["step"] for m in evaluated] == [0, 20, 40, 60] and [m["step"] for m in trained] == list(range(60))
@@ -93,6 +94,8 @@ def test_eval_only(data, trained, tmp_path):
 
 
 def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys):
+    """And says so once."""
+
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler here")
 
@@ -102,6 +105,7 @@ def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys)
 
 
 def test_optimizer_groups_cover_every_parameter_once():
+    """Matrices decay, biases, norms and scalars do not, and scalars have their own rate."""
     model = GPT(
         GPTConfig(
             variant="NagMHA", curvature="light", learned="beta eta", **{k: TINY[k] for k in ("n_layer", "n_head", "n_embd")}
@@ -121,6 +125,7 @@ def test_optimizer_groups_cover_every_parameter_once():
 
 
 def test_learning_rate_schedule():
+    """Linear warm-up, a cosine down to min_lr, and then min_lr; or a constant."""
     cfg = parse(train.Config, ["--warmup_iters=10", "--max_iters=110", "--learning_rate=1", "--min_lr=0.1"])
     rates = [train.learning_rate(step, cfg) for step in range(130)]
     assert rates[0] == 0.1 and rates[9] == 1 and max(rates) == 1
@@ -133,6 +138,7 @@ def test_learning_rate_schedule():
 
 
 def test_released_weights_load_through_transformers(data, tmp_path):
+    """A folder that transformers wrote gives the loss that transformers computes."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, activation_function="gelu")).eval()
@@ -152,6 +158,7 @@ SURGEONS = dict(
 
 @pytest.mark.parametrize("flags", SURGEONS.values(), ids=SURGEONS)
 def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, flags):
+    """A trained MHA as another system: the same logits, and its new scalars leave where they start."""
     donor = checkpoint.load(trained / "ckpt.pt")
     config, weights = checkpoint.surgery(
         parse(GPTConfig, [*flags.split(), "--block_size=32"]), donor["model_config"], donor["model"]
@@ -171,6 +178,7 @@ def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, flags
 
 
 def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path):
+    """With the reason; and a system takes its own weights."""
     for flags, words in (
         (["--variant=YuriiFormer"], "cannot start as MHA"),
         (["--variant=LinearMHA"], "cannot start as MHA"),
@@ -225,6 +233,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_sample(trained, tmp_path, capsys):
+    """Prompts, seeds, temperatures, several texts at once, and the command as a process."""
+
     def text(*flags):
         sample.main([f"--out_dir={trained}", "--max_new_tokens=40", *flags])
         return capsys.readouterr().out
@@ -249,6 +259,7 @@ def test_sample(trained, tmp_path, capsys):
 
 
 def test_bad_command_lines(data, trained, tmp_path):
+    """Every mistake gets a UserError with the value and the remedy; from the shell it is one line."""
     knobs = [f"--data_dir={data}", "--dataset=squares", f"--out_dir={tmp_path}", "--block_size=32"]
     for module, flags, words in (
         (train, [*knobs, "--n_embed=8", "--variant=NagMH", "--lr=x", "--n_head=5"], ["n_embd?", "NagMHA?", "lr", "n_head=5"]),
@@ -279,6 +290,8 @@ def test_bad_command_lines(data, trained, tmp_path):
 
 
 def test_broken_checkpoints_are_refused(trained, tmp_path):
+    """Cut, random or malicious files, of which no code runs."""
+
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -314,38 +327,42 @@ def test_configs(path):
 
 
 def test_help_names_every_knob():
+    """With a default and a meaning, and the values of a choice."""
     text = run("train.py", "--help")
     for name in train.Config.__dataclass_fields__:
         assert re.search(rf"^  {name}=\S* +\S", text, re.MULTILINE), name
+    assert re.search(r"^  energy=None .*: softmax, linear, gated_linear, huber$", text, re.MULTILINE)
+    assert re.search(r"^  optimizer=adamw .*: adamw, muon$", text, re.MULTILINE)
 
 
 def test_plot(trained, tmp_path):
+    """A picture, whatever the horizontal axis."""
     for by in ("step", "tokens", "seconds"):
         run("-m", "experiments.plot", trained, trained, "--by", by, "--out", tmp_path / "loss.png")
         assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
+@needs("tinyshakespeare", "tinystories-sample", "glue", "hellaswag", "ai2_arc", "tiktoken_cache")
 def test_readme_commands(tmp_path):
     """Every command of the README's code blocks runs as written, on tiny models and budgets."""
-    shared = SHARED
-    shutil.copy(shared / "tinyshakespeare" / "input.txt", tmp_path)
+    shutil.copy(SHARED / "tinyshakespeare" / "input.txt", tmp_path)
     for name in ("config", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     small = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=1 --eval_interval=2 --max_iters=2"
     extra = {"train.py": small, "sample.py": "--max_new_tokens=5", "lis": "--documents=2000"}
-    extra |= {"minipile": f"--source={shared / 'tinystories-sample'}", "resume": "--max_iters=4", "compare": f"-- {small}"}
-    extra |= {"glue": f"--source={shared / 'glue'} --limit=64 --epochs=1 --tasks rte", "evaluate": f"--data={shared} --limit=2"}
+    extra |= {"minipile": f"--source={SHARED / 'tinystories-sample'}", "resume": "--max_iters=4", "compare": f"-- {small}"}
+    extra |= {"glue": f"--source={SHARED / 'glue'} --limit=64 --epochs=1 --tasks rte", "evaluate": f"--data={SHARED} --limit=2"}
     extra |= {"toy": "--steps=10 --seeds=1", "sharpness": "--batches=1 --probes=2 --iterations=2"}
-    extra |= {"bars": "starting --rounds=1 --margin=9"}
+    extra |= {"bars": "starting --rounds=1 --margin=1e9"}
     extra |= {"bench": "--variants MHA --n_layer=1 --n_embd=12 --block_size=16 --rounds=1"}
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     assert len(commands) > 12
     env = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1",
-                            TIKTOKEN_CACHE_DIR=str(shared / "tiktoken_cache"))  # fmt: skip
+                            TIKTOKEN_CACHE_DIR=str(SHARED / "tiktoken_cache"))  # fmt: skip
     for command in commands:
         if not command.startswith("make"):
             command += "".join(f" {flags}" for word, flags in extra.items() if word in command)
