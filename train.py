@@ -89,7 +89,7 @@ RANGES = {
 }
 
 
-def choices(cfg, **others):
+def model_config(cfg, **others):
     """The part of a run's configuration that makes its model, with some of its choices replaced. Raises ValueError."""
     return GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | others)
 
@@ -187,14 +187,14 @@ class Machine:
             dist.all_reduce(total)
         return total.tolist()
 
-    def prepare(self, model, batch, compile):
+    def prepare(self, model, data, compile):
         """The model as it runs: compiled, if asked for and if it works here, and with gradients averaged over the processes."""
         running = model
         if compile:
             try:
                 running = torch.compile(model)
                 with self.autocast:
-                    loss = running(*batch)[1]
+                    loss = running(*data.batch(0))[1]
                 loss.backward()
             except torch.OutOfMemoryError:
                 raise
@@ -238,7 +238,7 @@ def start(cfg, machine, meta, made_with):
     model. Raises UserError if the checkpoint does not fit.
     """
     latest = os.path.join(cfg.out_dir, "ckpt.pt")
-    config = choices(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
+    config = model_config(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
     run, state, weights = checkpoint.Progress(), None, None
     if cfg.init_from == "resume":
         state = checkpoint.load(latest)
@@ -254,6 +254,7 @@ def start(cfg, machine, meta, made_with):
     elif cfg.init_from.endswith(".pt"):
         donor = checkpoint.load(cfg.init_from)
         config, weights = checkpoint.surgery(config, donor["model_config"], donor["model"])
+        del donor  # its optimizer is as large as two models
     elif cfg.init_from != "scratch":
         config, weights = checkpoint.surgery(config, *checkpoint.gpt2(cfg.init_from))
     if config.vocab_size < meta["vocab_size"]:
@@ -293,7 +294,7 @@ def train(cfg, signals=()):
     made_with = checkpoint.made_with(machine.device)
     model, opts, run = start(cfg, machine, data.meta, made_with)
     log, latest = Log(cfg, run, machine, model), os.path.join(cfg.out_dir, "ckpt.pt")
-    running = machine.prepare(model, data.batch(0), cfg.compile)
+    running = machine.prepare(model, data, cfg.compile)
     resumed_at = saved = run.step or None
 
     def save(best):

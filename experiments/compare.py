@@ -48,7 +48,7 @@ def count(cfg):
     """count_parameters() of a run's model."""
     vocab_size = cfg.vocab_size or read_meta(os.path.join(cfg.data_dir, cfg.dataset))["vocab_size"]
     with torch.device("meta"):
-        return GPT(train.choices(cfg, vocab_size=vocab_size)).count_parameters()
+        return GPT(train.model_config(cfg, vocab_size=vocab_size)).count_parameters()
 
 
 def matched(cfg, other):

@@ -34,7 +34,7 @@ from experiments.plot import plt, save
 from experiments.records import Records, made, markdown, mean_sd, write
 from guard import UserError, cli
 from model import GPT
-from train import Config, choices, learning_rate, optimizers, set_rate
+from train import Config, learning_rate, model_config, optimizers, set_rate
 
 D, EXAMPLES, NOISE, SEQUENCES = 2, 8, 0.1, 32  # of regression: dimension of x, (x, y) in a sequence, sd of the noise, batch
 BLOCK_SIZE, WINDOWS = 128, 4  # of lis: tokens in a window, windows in a batch
@@ -176,7 +176,7 @@ def configure(system, args, seed):
 def build(problem, cfg, mlp, device):
     """The problem's model; without MLPs, theirs is the direction 0."""
     torch.manual_seed(cfg.seed)
-    model = GPT(choices(cfg, **problem.sizes))
+    model = GPT(model_config(cfg, **problem.sizes))
     problem.fit(model)
     if not mlp:
         for block in model.transformer.h:

@@ -134,10 +134,12 @@ def test_the_table(run, tmp_path, capsys):
     head, one, two, three, _, mha, nag = rows(text)
     assert three[:5] == [str(c), "NagMHA --beta=0.5", "0", "7", f"{loss:.4f}"] and one[1] == two[1] == "MHA"
     assert float(three[7]) == pytest.approx(records[2]["eigenvalue"], rel=1e-3)
-    eigenvalues = np.array([float(one[7]), float(two[7])])
+    eigenvalues = np.array([r["eigenvalue"] for r in records[:2]])  # of a and b
     mean, sd = map(float, mha[5].split(" ± "))
     assert (mha[1], nag[1]) == ("2", "1") and "±" not in nag[5]
-    assert mean == pytest.approx(eigenvalues.mean(), rel=1e-3) and sd == pytest.approx(eigenvalues.std(ddof=1), rel=1e-2)
+    assert mean == pytest.approx(eigenvalues.mean(), rel=1e-3) and sd == pytest.approx(
+        eigenvalues.std(ddof=1), rel=5e-2
+    )  # two digits
 
 
 def test_a_checkpoint_is_measured_once(run, tmp_path, monkeypatch, capsys):
