@@ -76,10 +76,8 @@ def convert(value, type_):
     """value, a TOML value or a command line's text, as type_. Raises ValueError."""
     if bare(type_) is not type_:
         return None if value == "None" else convert(value, bare(type_))
-    if typing.get_origin(type_) is typing.Literal:
-        if value not in typing.get_args(type_):
-            raise ValueError
-        return value
+    if typing.get_origin(type_) is typing.Literal:  # a choice of names, which the dataclass itself checks
+        type_ = str
     if isinstance(value, str) and type_ is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if isinstance(value, str) and type_ in (int, float):
@@ -94,9 +92,7 @@ def convert(value, type_):
 def describe(type_):
     if bare(type_) is not type_:
         return f"{describe(bare(type_))} or None"
-    if typing.get_origin(type_) is typing.Literal:
-        return f"one of {', '.join(typing.get_args(type_))}"
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[type_]
+    return {int: "a whole number", float: "a number", bool: "True or False"}.get(type_, "text")
 
 
 def help_text(cls):
@@ -108,5 +104,5 @@ def help_text(cls):
     for field in dataclasses.fields(cls):
         kind = bare(typing.get_type_hints(cls)[field.name])
         names = ", ".join(name or '""' for name in typing.get_args(kind))
-        lines.append(f"  {field.name + '=' + str(field.default):34} {meanings[field.name]}{names and ': ' + names}")
+        lines.append(f"  {field.name + '=' + str(field.default):34} {meanings[field.name]}{names and f' ({names})'}")
     return "\n".join(lines)

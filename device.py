@@ -51,7 +51,7 @@ def keep_memory():
 
 
 def memory_gb(kind):
-    """The most memory that this process has held at once on this kind of device, in GB."""
+    """The most memory that this process has held at once, in GB: of the card if the kind is cuda, otherwise of the host."""
     if kind == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -71,5 +71,6 @@ def flops_per_token(model):
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         idx = torch.zeros(1, model.config.block_size, dtype=torch.long)
+        # the counter's hooks trip over views of parameters that want gradients
         type(model)(model.config).requires_grad_(False)(idx, idx)
     return 3 * counter.get_total_flops() / model.config.block_size

@@ -85,7 +85,7 @@ def plain_errors(cfg):
         raise UserError(text) from None
 
 
-def spike(run, loss):
+def note_loss(run, loss):
     """
     Note a step's training loss in run, a checkpoint.Progress. Returns a text when the loss is over twice its running mean for
     the third step in a row, otherwise None.

@@ -1,4 +1,4 @@
-"""What only keeps books of a run: metrics.jsonl, a tracker such as wandb, the progress bar, the lines on standard output."""
+"""What a run reports: metrics.jsonl, a tracker such as wandb, a progress bar, and lines on standard output."""
 
 import contextlib
 import importlib
@@ -7,14 +7,14 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from tqdm import tqdm
 
 import device
 from files import replacing
 from guard import UserError
-from model import Scalar
+from model import GPTConfig, Scalar
 
 
 def say(text):
@@ -38,10 +38,17 @@ def open_metrics(path, step):
     return open(path, "a")
 
 
+def system(config):
+    """A model's variant, and the choices that are not the variant's own, as on the command line. config: a dict."""
+    own = GPTConfig(variant=config["variant"])
+    choices = [f.name for f in fields(GPTConfig) if f.default is None]
+    return " ".join([own.variant, *(f"--{c}={config[c]}" for c in choices if config[c] != getattr(own, c))])
+
+
 class Log:
     """
-    The books of a run from step run.step on; run is a checkpoint.Progress. Only the master process writes. Raises UserError if
-    the folder cannot be written or the tracker is not installed.
+    The reports of a run from step run.step on; run is a checkpoint.Progress. Only the master process writes. Raises UserError
+    if the folder cannot be written or the tracker is not installed.
     """
 
     def __init__(self, cfg, run, machine, model):
@@ -65,8 +72,9 @@ class Log:
                 self.tracker.init(project="nanodescent", name=cfg.out_dir, config=asdict(cfg))
         counts = model.count_parameters()
         parts = ", ".join(f"{name} {n:,}" for name, n in counts.items())
-        say(f"{model.config.variant}: {sum(counts.values()):,} parameters ({parts}), {self.tokens_per_step:,} tokens a step, "
-            f"{machine.device} {machine.dtype}, {machine.world} process(es)")  # fmt: skip
+        say(f"{system(asdict(model.config))}: {sum(counts.values()):,} parameters ({parts}), "
+            f"{self.tokens_per_step:,} tokens per step, {machine.device} {machine.dtype}, "
+            f"{machine.world} process(es)")  # fmt: skip
 
     def begin(self):
         """The first step starts now."""

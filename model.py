@@ -6,7 +6,7 @@ the iterate, and may carry a velocity v from layer to layer. All variants share 
 
     x, v = rule(x, v, attention);   x, v = rule(x, v, mlp)
 
-A variant is one choice on each axis, and nothing outside this file knows its name. The file, in order:
+A variant is one choice on each axis: neither the model nor the training loop knows its name. The file, in order:
 
     VARIANTS, GPTConfig     the systems of the papers, and the choices that they are made of
     ..._attention           energies and curvatures as equations:  q, k, v -> o
@@ -103,7 +103,7 @@ class GPTConfig:
     n_loop: int | None = None  # times that the stack of blocks is applied
 
     def __post_init__(self):
-        for name, value in defaults(self).items():
+        for name, value in resolved(self).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if problems := self.problems():
@@ -227,7 +227,7 @@ class Scalar(nn.Module):
         self.raw = nn.Parameter(inverse(torch.as_tensor(value, dtype=torch.float32))) if learned else None
 
     def forward(self, x=None):
-        """The numbers; given x, (B, T, C), learned ones for each token, (B, T, 1), whose gradient is faster when compiled."""
+        """The value. Given x, (B, T, C), a learned number comes once per token, (B, T, 1): so its gradient compiles better."""
         value = self.value if self.raw is None else self.map(self.raw)
         return value if x is None or self.raw is None else value.expand(*x.shape[:2], 1)
 
@@ -406,8 +406,8 @@ class TiedMLP(nn.Module):
 
 
 # ---- update rules: x, v, oracles -> x, v -----------------------------------------------------------------------------
-# A rule is made from the config, the number of oracles that it asks (two under Euler splitting, else one) and the number of
-# rules of its kind that step before it in the stack. g(y) is the sum of what its oracles say at y.
+# A rule is made from the config, the number of oracles that it asks (two under Euler splitting, else one) and the number of the
+# momentum's steps before it in the stack (n_loop adds none). g(y) is the sum of what its oracles say at y.
 
 
 class Gradient(nn.Module):
@@ -433,23 +433,25 @@ class Momentum(nn.Module):
     def __init__(self, config, n_oracles, before):
         super().__init__()
         learned = (*config.learned.split(), *self.always_learned)
-        # a sigmoid could not leave 0, where surgery starts
+        # a sigmoid could not leave 0, where surgery (checkpoint.py) starts
         self.beta = Scalar(config.beta, "unit" if config.beta > 0 else "real", "beta" in learned)
         self.gamma = nn.ModuleList(Scalar(config.gamma, "positive", "gamma" in learned) for _ in range(n_oracles))
         self.eta = Scalar(config.eta, "positive", "eta" in learned)
         self.mu = Scalar(config.mu, "unit", "mu" in learned) if config.mu is not None else None
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias) if config.velocity_norm else nn.Identity()
 
-    def force(self, y, oracles):
-        """g(y)."""
-        return functools.reduce(torch.add, (gamma(y) * oracle(y) for gamma, oracle in zip(self.gamma, oracles, strict=True)))
+    def force(self, y, oracles, onto):
+        """onto + g(y). Under autocast the oracles answer in a short dtype, and the sum is made in that of `onto`."""
+        for gamma, oracle in zip(self.gamma, oracles, strict=True):
+            onto = onto + gamma(y) * oracle(y)
+        return onto
 
 
 class Polyak(Momentum):
     """v <- N(beta v + g(x));  x <- x + eta v        [Ren] MomenMHA, [Zimin]"""
 
     def forward(self, x, v, *oracles):
-        v = self.norm(self.beta(x) * v + self.force(x, oracles))
+        v = self.norm(self.force(x, oracles, onto=self.beta(x) * v))
         return x + self.eta(x) * v, v
 
 
@@ -459,12 +461,12 @@ class Nesterov(Momentum):
     def forward(self, x, v, *oracles):
         beta, eta = self.beta(x), self.eta(x)
         mu = eta * beta if self.mu is None else self.mu(x)
-        v = self.norm(beta * v + self.force(x + mu * v, oracles))
+        v = self.norm(self.force(x + mu * v, oracles, onto=beta * v))
         return x + eta * v, v
 
 
 class Triple(Nesterov):
-    """Nesterov with an eta that is always learned: triple momentum, whose nu it is        [Gai] TMMFormer"""
+    """Nesterov with an eta that is always learned. It is the nu of triple momentum.        [Gai] TMMFormer"""
 
     always_learned = ("eta",)
 
@@ -472,11 +474,11 @@ class Triple(Nesterov):
 class IMEX(Momentum):
     """
     v <- beta N(v + g(x));  x <- x + eta v    [Zimin] IMEXFormer, form derived. Friction is implicit: v' = v + g(x) - lambda v'
-    with beta = 1 / (1 + lambda). It stands outside N, which forgets the length of what it is given.
+    with beta = 1 / (1 + lambda). beta stands outside N, since N forgets the length of what it is given.
     """
 
     def forward(self, x, v, *oracles):
-        v = self.beta(x) * self.norm(v + self.force(x, oracles))
+        v = self.beta(x) * self.norm(self.force(x, oracles, onto=v))
         return x + self.eta(x) * v, v
 
 
@@ -493,7 +495,7 @@ class Verlet(Momentum):
             del self.eta
 
     def forward(self, x, v, *oracles):
-        v = self.norm(self.beta(x) * v + self.force(x, oracles))
+        v = self.norm(self.force(x, oracles, onto=self.beta(x) * v))
         return (x + self.eta(x) * v if self.drifts else x), v
 
 
@@ -508,7 +510,7 @@ class Dense(nn.Module):
         self.w = Scalar(config.eta * config.beta ** torch.arange(before, -1, -1.0))
 
     def forward(self, x, v, *oracles):
-        v = (*(v if isinstance(v, tuple) else ()), functools.reduce(torch.add, (oracle(x) for oracle in oracles)))
+        v = (*(v if isinstance(v, tuple) else ()), sum(oracle(x) for oracle in oracles))
         for w, g in zip(self.w(), v, strict=True):
             x = x + w * g
         return x, v
@@ -642,7 +644,7 @@ class GPT(nn.Module):
                     token = token.masked_fill(ended, stop)
                     ended |= token == stop
                 idx = torch.cat((idx, token), 1)
-                if ended.all():
+                if stop is not None and ended.all():
                     break
         return idx.clone()  # an ordinary tensor again
 
@@ -659,8 +661,8 @@ class GPT(nn.Module):
 
 def sdpa(q, k, v, dropout_p=0.0, is_causal=False, scale=None):
     """
-    F.scaled_dot_product_attention, on a CPU by matrices. These take half the time of the fused kernel, though they round logits
-    to q's dtype. They are kept for the backward pass, which doubles the activations at 2,048 tokens, so no further.
+    F.scaled_dot_product_attention, on a CPU by matrices. The matrices take half the time of the fused kernel, but their logits
+    are rounded to q's dtype, and autograd keeps them: at 2,048 tokens they double the activations, so beyond that they end.
     """
     if q.device.type == "cpu" and is_causal and q.size(2) <= 2048:
         return in_chunks(lambda q, k: weights(q, k, scale), q, k, v, dropout_p)
@@ -745,10 +747,7 @@ class Cache:
 
 
 class Embedding(nn.Embedding):
-    """
-    nn.Embedding, (B, T) -> (B, T, C), on a CPU by a gather: of nn.Embedding's own gradient torch.compile makes an atomic
-    addition for every number there, which takes several times as long.
-    """
+    """nn.Embedding, (B, T) -> (B, T, C), on a CPU by a gather, whose compiled gradient takes a seventh of the time."""
 
     def forward(self, idx):
         if idx.device.type != "cpu":
@@ -787,13 +786,15 @@ NEEDS = [  # choices, what they need, and why
      "inverts polyak's steps"),
     (dict(reversible={True}), dict(dropout=0), "computes every oracle twice"),
 ]  # fmt: skip
-RELATIONS = {  # what else must hold: the reason and the remedy, and the test
-    "n_embd={c.n_embd} must be a multiple of n_head={c.n_head}": lambda c: c.n_head < 1 or c.n_embd % c.n_head == 0,
-    "learned={c.learned!r} may name beta, gamma, eta, and mu where a look-ahead starts from a mu in (0, 1)": lambda c: (
-        {*c.learned.split()} <= {"beta", "gamma", "eta"} | ({"mu"} if c.momentum in LOOKS_AHEAD and c.mu else set())),
-    "reversible=True divides by beta={c.beta} in each of {c.n_layer} layers and {c.n_loop} rounds, more often than float64 can "
-    "bear: take a beta nearer to 1": lambda c: not c.reversible or c.beta ** (2 * c.n_layer * c.n_loop) > 1e-8,
-}  # fmt: skip
+RELATIONS = [  # what else must hold, and what to say where it does not
+    (lambda c: c.n_head < 1 or c.n_embd % c.n_head == 0,
+     lambda c: f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}"),
+    (lambda c: {*c.learned.split()} <= {"beta", "gamma", "eta"} | ({"mu"} if c.momentum in LOOKS_AHEAD and c.mu else set()),
+     lambda c: f"learned={c.learned!r} may name beta, gamma, eta, and mu if the momentum looks ahead and mu lies in (0, 1)"),
+    (lambda c: not c.reversible or c.beta ** max(0, 2 * c.n_layer * c.n_loop) > 1e-8,
+     lambda c: f"reversible=True divides by beta={c.beta} twice in each of {c.n_layer} x {c.n_loop} layers, more than float64 "
+               f"can bear: take beta of at least {1e-8 ** (0.5 / c.n_layer / c.n_loop) + 0.005:.2f}"),
+]  # fmt: skip
 
 
 @functools.cache
@@ -804,15 +805,15 @@ def axes(cls):
     return named | {name: (False, True) for name, kinds in hints.items() if kinds >= {bool, type(None)}}
 
 
-MHA = {axis: values[0] for axis, values in axes(GPTConfig).items()} | NUMBERS
+OF_MHA = {axis: values[0] for axis, values in axes(GPTConfig).items()} | NUMBERS
 
 
-def defaults(config):
-    """What None means for each choice: as the variant says, else as MHA has it. An override may leave mu without a reader."""
+def resolved(config):
+    """What None means for each choice: as the variant says, or as in MHA; mu is dropped where the momentum does not read it."""
     row = VARIANTS.get(config.variant, {})
     if (config.momentum or row.get("momentum")) not in LOOKS_AHEAD:
         row = row | dict(mu=None, learned=row.get("learned", "").replace(" mu", ""))
-    return {name: row.get(name, value) for name, value in MHA.items()}
+    return {name: row.get(name, value) for name, value in OF_MHA.items()}
 
 
 def outside(config, ranges):
@@ -823,23 +824,23 @@ def outside(config, ranges):
 
 def refused(c):
     """An error message for each thing that is wrong with a configuration."""
-    problems = outside(c, RANGES) + [message.format(c=c) for message, holds in RELATIONS.items() if not holds(c)]
-    legal = dict(variant=tuple(VARIANTS)) | axes(type(c))
-    if wrong := [name for name in legal if getattr(c, name) not in legal[name]]:
-        for name in wrong:
-            near = difflib.get_close_matches(str(getattr(c, name)), map(str, legal[name]), n=1, cutoff=0.4)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{name}={getattr(c, name)!r} is none of {', '.join(map(str, legal[name]))}{meant}")
-        return problems  # of values that there are not, the other tables say nothing
+    problems = outside(c, RANGES) + [message(c) for holds, message in RELATIONS if not holds(c)]
+    legal = dict(variant=(*VARIANTS,)) | axes(type(c))
+    wrong = [name for name in legal if getattr(c, name) not in legal[name]]
+    for name in wrong:
+        near = difflib.get_close_matches(str(getattr(c, name)), map(str, legal[name]), n=1, cutoff=0.4)
+        values = ", ".join(str(value) or '""' for value in legal[name]) + (f"; did you mean {near[0]}?" if near else "")
+        problems.append(f"{name}={getattr(c, name)!r} is none of {values}")
     for knobs, (axis, readers) in READ_BY.items():
         for knob in knobs.split():
-            if getattr(c, axis) not in readers and getattr(c, knob) != MHA[knob]:
+            if axis not in wrong and getattr(c, axis) not in readers and getattr(c, knob) != OF_MHA[knob]:
                 problems.append(f"{knob}={getattr(c, knob)!r} belongs to {axis}={' or '.join(sorted(map(str, readers)))}: "
-                                f"with {axis}={getattr(c, axis)} take {knob}={MHA[knob]!r}")  # fmt: skip
+                                f"with {axis}={getattr(c, axis)} take {knob}={OF_MHA[knob]!r}")  # fmt: skip
     for choices, needs, why in NEEDS:
         lacking = " and ".join(f"{name}={value}" for name, value in needs.items() if getattr(c, name) != value)
-        if lacking and all(getattr(c, axis) in values for axis, values in choices.items()):
-            problems.append(f"{' '.join(f'{axis}={getattr(c, axis)}' for axis in choices)} {why}: take {lacking}")
+        if lacking and not set(wrong) & {*choices, *needs} and all(getattr(c, axis) in v for axis, v in choices.items()):
+            chosen, others = (" or ".join(f"{axis}={values[axis]}" for axis in choices) for values in (vars(c), OF_MHA))
+            problems.append(f"{chosen.replace(' or ', ' with ')} {why}: take {lacking}, or {others}")
     return problems
 
 

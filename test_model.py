@@ -22,12 +22,16 @@ import model as definition
 from conftest import REVERSIBLE
 from device import flops_per_token
 from model import (
+    CURVATURES,
+    ENERGIES,
     GPT,
     RULES,
     VARIANTS,
+    Attention,
     Cache,
     Embedding,
     GPTConfig,
+    Momentum,
     Nesterov,
     Polyak,
     Scalar,
@@ -253,7 +257,7 @@ def attention(attn, x):
 
         tau = attn.tau()[h, 0] if c.curvature != "none" else 0.0
         o[b, h, i] = EQUATIONS["curvature"][c.curvature](attend, q[b, h, i], keys, values, tau)
-    if "linear" in c.energy:  # a sum over the past is brought to one scale
+    if c.energy in ONE_SCALE:
         o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     return attn.c_proj(o.transpose(1, 2).flatten(2))
 
@@ -347,6 +351,8 @@ EQUATIONS = dict(
     qk_norm={False: lambda t: t, True: lambda t: t / t.norm(dim=-1, keepdim=True) * math.sqrt(t.size(-1))},
     reversible={False: lambda logits: logits, True: lambda logits: logits},  # only memory differs
 )
+# the energies whose o is a sum over the past and not a mean, and is brought to one scale
+ONE_SCALE = {"linear", "gated_linear"}
 # what a value needs beside it to say something
 BESIDE = {
     ("momentum_on", "both"): dict(momentum="nesterov"),
@@ -395,6 +401,26 @@ def test_every_value_of_every_axis_follows_its_equation(axis, value):
     torch.testing.assert_close(model(idx, idx)[0], by_the_equations(model, idx), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("momentum", [name for name, rule in RULES.items() if issubclass(rule, Momentum)])
+def test_a_velocity_follows_its_equation_through_a_deep_looped_normed_stack(momentum):
+    """On both oracles, with a norm and a fixed gamma, in more layers than a coincidence survives."""
+    rounds = dict(n_layer=4, n_loop=2, momentum_on="both", velocity_norm=True, beta=0.6, gamma=0.7, eta=0.8)
+    model = tiny(momentum=momentum, **rounds).double()
+    idx = tokens(model, B=1, T=5)
+    torch.testing.assert_close(model(idx, idx)[0], by_the_equations(model, idx))
+
+
+def test_every_class_and_every_equation_has_its_line():
+    """None is forgotten in RULES or ENERGIES, and no equation is of a value that is not there."""
+
+    def below(cls):
+        return {cls}.union(*(below(sub) for sub in cls.__subclasses__() if sub.__module__ == "model"))
+
+    assert below(Momentum) - {Momentum} <= {*RULES.values()}
+    assert below(Attention) - {Attention} <= {*ENERGIES.values()}
+    assert {axis: {*values} for axis, values in EQUATIONS.items()} == {axis: {*values} for axis, values in AXES.items()}
+
+
 @every_system
 def test_every_system_follows_its_equations(system):
     model = tiny(**system, bias=False).double()
@@ -408,13 +434,28 @@ def test_every_system_follows_its_equations(system):
 
 def test_momentum_rules_follow_their_equations():
     """Two steps of each rule on a quadratic, against numbers worked by hand: g(x) = -x from x = 1, beta 1/2, eta 1/4."""
-    expected = {Polyak: [(0.75, -1.0), (0.4375, -1.25)], Nesterov: [(0.75, -1.0), (0.46875, -1.125)]}
-    for kind, steps in expected.items():
-        rule = kind(GPTConfig(momentum="nesterov", beta=0.5, eta=0.25), n_oracles=1, before=0)
+    expected = {(Polyak, 1.0): [(0.75, -1.0), (0.4375, -1.25)], (Nesterov, 1.0): [(0.75, -1.0), (0.46875, -1.125)],
+                (Polyak, 2.0): [(0.5, -2.0), (0.0, -2.0)]}  # fmt: skip
+    for (kind, gamma), steps in expected.items():
+        rule = kind(GPTConfig(momentum="nesterov", beta=0.5, eta=0.25, gamma=gamma), n_oracles=1, before=0)
         x, v = torch.tensor(1.0), torch.tensor(0.0)
         for want in steps:
             x, v = rule(x, v, lambda x: -x)
             assert (x.item(), v.item()) == want
+
+
+def test_a_velocity_sums_two_oracles_in_float32_under_autocast():
+    """256 + 1, which bfloat16 would round to 256."""
+    rule = Polyak(GPTConfig(momentum="polyak"), n_oracles=2, before=0)
+    g = [lambda x, value=value: torch.full_like(x, value, dtype=torch.bfloat16) for value in (256.0, 1.0)]
+    _, v = rule(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), *g)
+    assert torch.equal(v, torch.full((1, 1, 4), 257.0))
+
+
+def test_triple_learns_eta_whatever_is_learned():
+    assert [name for name, _ in tiny(momentum="triple", n_layer=1).named_parameters() if "rules" in name] == [
+        "transformer.h.0.rules.0.eta.raw"
+    ]
 
 
 def test_a_norm_hides_friction_inside_it():
@@ -704,7 +745,7 @@ def legal(draw):
     """Choices that make sense together, each value of each axis about as often as the others."""
     pick = lambda condition, *values: draw(st.sampled_from(values)) if condition else values[0]  # noqa: E731
     momentum, energy = draw(st.sampled_from(AXES["momentum"])), draw(st.sampled_from(AXES["energy"]))
-    velocity = momentum not in ("none", "dense")
+    velocity = issubclass(RULES[momentum], Momentum)
     tied = pick(energy == "softmax", False, True)
     c = dict(momentum=momentum, energy=energy, tied=tied, qk_norm=pick(not tied, False, True),
              curvature=pick(energy == "softmax" and not tied, "none", "newton", "light"),
@@ -779,12 +820,13 @@ def test_linear_attention_in_float16_does_not_overflow():
     assert o.isfinite().all() and S.isfinite().all()
 
 
-@pytest.mark.parametrize("attention", [softmax_attention, newton_attention, light_attention, huber_attention])
-def test_attention_drops_weights(attention):
-    q, k, v = heads()
-    scalar = [] if attention is softmax_attention else [0.5]
-    o = attention(q, k, v, *scalar, dropout=0.9)
-    assert not torch.allclose(o, attention(q, k, v, *scalar))
+@pytest.mark.parametrize("choice", [dict(energy=name) for name in ENERGIES] + [dict(curvature=name) for name in CURVATURES])
+def test_attention_drops_weights(choice):
+    """Beside the dropout of the residual stream, wherever attention sums weights and not a state."""
+    attn = tiny(dropout=0.9, **choice).transformer.h[0].attn.train()
+    attn.resid_dropout.p = 0.0
+    x = torch.randn(1, 9, 16)
+    assert torch.allclose(attn(x), attn(x)) == (choice.get("energy") in ("linear", "gated_linear"))
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -854,7 +896,7 @@ def test_generate_options():
         (dict(momentum="nesterov", mu=1.0), "[0, 1)"),
         (dict(precond_rank=-1), "at least 0"),
         (dict(momentum="polyak", learned="tau"), "may name"),
-        (dict(momentum="nesterov", learned="mu"), "mu in (0, 1)"),
+        (dict(momentum="nesterov", learned="mu"), "mu lies in (0, 1)"),
         (dict(energy="linear", curvature="light"), "take energy=softmax"),
         (dict(energy="huber", curvature="newton"), "take energy=softmax"),
         (dict(momentum_on="both"), "take momentum_on='attention'"),
@@ -864,7 +906,7 @@ def test_generate_options():
         (dict(momentum="dense", gamma=2.0), "take gamma=1.0"),
         (dict(beta=0.9), "belongs to momentum="),
         (dict(variant="PolyakFormer", mu=0.5), "take mu=None"),
-        (dict(variant="PolyakFormer", learned="beta mu"), "mu where a look-ahead"),
+        (dict(variant="PolyakFormer", learned="beta mu"), "mu if the momentum looks ahead"),
         (dict(delta=3.0), "belongs to energy=huber"),
         (dict(momentum="dense", velocity_init="embed"), "velocity_init='zero'"),
         (dict(momentum="dense", n_loop=2), "n_loop=1"),
@@ -879,7 +921,7 @@ def test_generate_options():
         (dict(reversible=True), "momentum=polyak"),
         (dict(variant="PolyakFormer", reversible=True), "velocity_norm=False"),
         (dict(REVERSIBLE, dropout=0.1), "dropout=0"),
-        (dict(REVERSIBLE, beta=0.5, n_layer=24), "take a beta nearer to 1"),
+        (dict(REVERSIBLE, beta=0.5, n_layer=24), "take beta of at least 0.69"),
     ],
     ids=str,
 )

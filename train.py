@@ -10,7 +10,7 @@ validation loss, and out_dir/metrics.jsonl, a JSON object a line. Batches and dr
 step and the process alone, so a run that is stopped and resumed (--init_from=resume) becomes what it would have been.
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop it after the step in progress, with a checkpoint.
 
-The loop is train(), at the end of this file. What only keeps books of a run is in log.py, checkpoint.py and guard.py.
+The loop is train(), at the end of this file. What a run reports, saves and refuses is in log.py, checkpoint.py and guard.py.
 """
 
 import contextlib
@@ -137,7 +137,10 @@ def set_rate(opts, rate):
 
 
 class Machine:
-    """Where a run computes: its process among `world` others, its device, and the precision of its matrix products."""
+    """
+    Where a run computes: one of `world` processes, its device, and the precision of its matrix products. Raises UserError if
+    the processes cannot share a step, or for a device that is none.
+    """
 
     def __init__(self, cfg):
         # processes: one, or several under torchrun
@@ -188,7 +191,7 @@ class Machine:
         return total.tolist()
 
     def prepare(self, model, data, compile):
-        """The model as it runs: compiled, if asked for and if it works here, and with gradients averaged over the processes."""
+        """The model as it runs on this Data: compiled, if asked for and if it works, its gradients averaged over processes."""
         running = model
         if compile:
             try:
@@ -223,7 +226,7 @@ class Data:
         return self.machine.tensors(self.training.batch(range(first, first + self.batch_size)))
 
     def evaluation(self):
-        """The batches of an evaluation, the same each time."""
+        """Inputs and targets of an evaluation, batch by batch, the same each time: (at most batch_size, block_size) each."""
         for i in range(0, len(self.windows), self.batch_size):
             yield self.machine.tensors(self.validation.windows(self.windows[i : i + self.batch_size]))
 
@@ -235,7 +238,7 @@ class Data:
 def start(cfg, machine, meta, made_with):
     """
     The model, its optimizers and the Progress of a run: fresh, as its checkpoint has them, or with the weights of another
-    model. Raises UserError if the checkpoint does not fit.
+    model. Raises UserError if a checkpoint does not fit, or max_iters or vocab_size is too small.
     """
     latest = os.path.join(cfg.out_dir, "ckpt.pt")
     config = model_config(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
@@ -315,7 +318,7 @@ def train(cfg, signals=()):
 
     def give_up(what):
         log.write(step=run.step, stopped=what)
-        log.close()
+        log.bar.close()
         kept = "there is no checkpoint yet" if saved is None else f"{latest} is as it was after {saved} steps"
         raise UserError(
             f"step {run.step}: {what}: stopped before the update. {kept}: "
@@ -366,7 +369,7 @@ def train(cfg, signals=()):
         loss, norm, stopping = machine.sums(mean_loss / machine.world, norm / machine.world, len(signals))
         if not math.isfinite(loss) or not (math.isfinite(norm) or machine.scaler.get_scale() > 1):
             give_up(f"the loss is {loss:.4g} and the norm of the gradient {norm:.4g} at rate {rate:.3g}")
-        if spike := guard.spike(run, loss):
+        if spike := guard.note_loss(run, loss):
             if cfg.on_spike == "stop":
                 give_up(spike)
             say(f"step {step:6d}: {spike}")

@@ -9,7 +9,6 @@ SHARED = dict(
     device=dict(help="cuda, cpu, mps; auto: cuda if there is one"),
     dtype=dict(choices=("bfloat16", "float16", "float32"), help="of matrix products"),
     nanogpt=dict(metavar="DIR", help="a clone of github.com/karpathy/nanoGPT"),
-    out=dict(help="the file to write; where the command makes several, the others go beside it"),
     seeds=dict(nargs="+", type=int, help="of the weights, the order of the data and dropout"),
     split=dict(choices=("train", "val"), help="the part of the text that is read"),
 )

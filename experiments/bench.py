@@ -355,7 +355,7 @@ def record(args, what, result):
 
 
 def main(arguments):
-    parser = parser_with(__doc__, nanogpt=None, compile=False, dtype=short_dtype(DEVICE), out="results/bench.json")
+    parser = parser_with(__doc__, nanogpt=None, compile=False, dtype=short_dtype(DEVICE))
     parser.add_argument("what", choices=("steps", "lengths", "memory", "loss", "taylor"))
     parser.add_argument("checkpoint", nargs="?", help="taylor: the folder of a run")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="the first is what the others are compared with")
@@ -364,12 +364,13 @@ def main(arguments):
     for size, value in (BYTES | dict(rounds=9, new_tokens=0, generations=3, sequences=8, loss_chunk=256)).items():
         parser.add_argument(f"--{size}", type=int, default=value)
     parser.add_argument("--peak", action="store_true", help="steps: measure the variants' peak memory")
+    parser.add_argument("--out", default="results/bench.json", help="the list that the result is added to")
     args = parser.parse_args(arguments)
     if unknown := set(args.variants) - set(VARIANTS):
         raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    found = Records(args.out)  # or an error, before the work
+    Records(args.out)  # or an error, before the work
     result = dict(steps=steps, lengths=lengths, memory=memory, loss=loss, taylor=taylor)[args.what](args)
-    found.add(record(args, args.what, result))
+    Records(args.out).add(record(args, args.what, result))  # read again: another command may have added to it
 
 
 if __name__ == "__main__":

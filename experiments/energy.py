@@ -193,9 +193,10 @@ def draw_attention(fig, attention):
 
 
 def main(arguments):
-    parser = parser_with(__doc__, ckpt="best.pt", split="val", data_dir=None, out="energy.png")
+    parser = parser_with(__doc__, ckpt="best.pt", split="val", data_dir=None)
     parser.add_argument("out_dir", help="folder of the checkpoint")
     parser.add_argument("--sequences", type=int, default=8, help="windows of text to average over")
+    parser.add_argument("--out", default="energy.png", help="the PNG to write")
     args = parser.parse_args(arguments)
 
     model, state = checkpoint.load_model(os.path.join(args.out_dir, args.ckpt))

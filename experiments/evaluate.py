@@ -204,13 +204,14 @@ def table(records):
 
 
 def main(arguments):
-    parser = parser_with(__doc__, ckpt="best.pt", device="auto", out="results/evaluate.json")
+    parser = parser_with(__doc__, ckpt="best.pt", device="auto")
     parser.add_argument("out_dirs", nargs="+", help="folders of checkpoints")
     parser.add_argument("--tasks", default="", help="names of the harness's tasks, with commas between them")
     parser.add_argument("--data", help="folder with local copies of the tasks' data sets: OWNER/NAME of the hub as DATA/NAME")
     parser.add_argument("--limit", type=int, help="only this many items of each task; default: all")
     parser.add_argument("--text", nargs="+", default=[], help="files of text")
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time; fewer take less memory")
+    parser.add_argument("--out", default="results/evaluate.json", help="JSON that the results are added to")
     args = parser.parse_args(arguments)
 
     tasks = [name for name in args.tasks.split(",") if name]

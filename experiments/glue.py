@@ -198,7 +198,7 @@ def table(rows, tasks):
 
 
 def main(arguments):
-    parser = parser_with(__doc__, ckpt="best.pt", seeds=[1, 2, 3], device="auto", out="results/glue.json")
+    parser = parser_with(__doc__, ckpt="best.pt", seeds=[1, 2, 3], device="auto")
     parser.add_argument("out_dirs", nargs="+", help="folders of the checkpoints")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--source", default="nyu-mll/glue", help="folder of a local copy in the hub's layout")
@@ -208,6 +208,7 @@ def main(arguments):
     parser.add_argument("--weight_decay", type=float, default=0.1, help="of matrices and embeddings")
     parser.add_argument("--dropout", type=float, default=0.1, help="share of activations dropped")
     parser.add_argument("--limit", type=int, help="at most this many training examples, drawn by the seed; default: all")
+    parser.add_argument("--out", default="results/glue.json", help="JSON that results are added to; the table goes beside it")
     args = parser.parse_args(arguments)
     positive = ("epochs", "batch_size", "learning_rate", "limit")
     problems = [f"--{k} {v} must be positive" for k, v in vars(args).items() if k in positive and v is not None and v <= 0]

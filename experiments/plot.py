@@ -73,9 +73,12 @@ def label(path):
 
 
 def main(arguments):
-    parser = parser_with(__doc__, out="loss.png")
+    parser = parser_with(
+        __doc__,
+    )
     parser.add_argument("runs", nargs="+", help="folders of runs, or their metrics.jsonl")
     parser.add_argument("--by", choices=X, default="step")
+    parser.add_argument("--out", default="loss.png", help="the PNG to write")
     args = parser.parse_args(arguments)
 
     fig, ax = new_figure()

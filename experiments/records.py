@@ -32,6 +32,8 @@ class Records:
             try:
                 with open(path) as file:
                     self.all = json.load(file)
+                if not isinstance(self.all, list):
+                    raise ValueError
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"{path} is not a JSON of this command ({type(error).__name__}): choose another --out"
@@ -44,7 +46,7 @@ class Records:
     def add(self, record):
         """Keep a record. Raises UserError if the file cannot be written."""
         self.all.append(record)
-        write(self.path, json.dumps(self.all, indent=1) + "\n")
+        write(self.path, "[\n" + ",\n".join(map(json.dumps, self.all)) + "\n]\n")  # a line each
         return record
 
     def find_or(self, identity, compute):

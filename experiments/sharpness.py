@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 from collections import defaultdict
-from dataclasses import fields
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +27,7 @@ from experiments.arguments import parser_with
 from experiments.records import Records, made, markdown, mean_sd, windows, write
 from files import sha256
 from guard import UserError, cli
-from model import GPTConfig
+from log import system
 
 
 def mean_loss(model, batches):
@@ -83,13 +82,6 @@ def largest_eigenvalue(product, like, iterations, generator):
         betas.append(w.norm().item())
         before, q = q, w / betas[-1]
     return estimates
-
-
-def system(config):
-    """The variant and the choices that are not its own, as on the command line. config: a dict."""
-    own = GPTConfig(variant=config["variant"])
-    choices = [f.name for f in fields(GPTConfig) if f.default is None]
-    return " ".join([own.variant, *(f"--{c}={config[c]}" for c in choices if config[c] != getattr(own, c))])
 
 
 def measure(path, args, device, step):
@@ -155,13 +147,14 @@ def table(records, args):
 
 
 def main(arguments):
-    parser = parser_with(__doc__, ckpt="ckpt.pt", split="train", data_dir=None, device="auto", out="results/sharpness")
+    parser = parser_with(__doc__, ckpt="ckpt.pt", split="train", data_dir=None, device="auto")
     parser.add_argument("runs", nargs="+", help="folders of runs of train.py")
     parser.add_argument("--batches", type=int, default=8, help="batches of windows that the loss is the mean of")
     parser.add_argument("--batch_size", type=int, default=4, help="windows in a batch")
     parser.add_argument("--probes", type=int, default=16, help="random vectors for the trace")
     parser.add_argument("--iterations", type=int, default=20, help="Lanczos iterations for the eigenvalue")
     parser.add_argument("--seed", type=int, default=0, help="of the probes and of Lanczos' first vector")
+    parser.add_argument("--out", default="results/sharpness", help="the .md and .json to write, without the ending")
     args = parser.parse_args(arguments)
     for name, least in dict(batches=1, batch_size=1, probes=2, iterations=2).items():
         if getattr(args, name) < least:

@@ -255,13 +255,14 @@ def table(problem, runs):
 
 
 def main(arguments):
-    parser = parser_with(__doc__, seeds=[1, 2, 3], data_dir="data", device="auto", out="results/toy")
+    parser = parser_with(__doc__, seeds=[1, 2, 3], data_dir="data", device="auto")
     parser.add_argument("--systems", nargs="+", default=["MHA", "MomenMHA", "NagMHA", "DenseMHA"],
                         help='variants, or "VARIANT --override=value"')  # fmt: skip
     parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--n_embd", type=int, default=32, help="width; there are 4 layers of 4 heads")
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="highest rate")
     parser.add_argument("--no_mlp", action="store_true", help="attention alone: take the MLPs out")
+    parser.add_argument("--out", default="results/toy", help="the .png, .md and .json to write, without the ending")
     args = parser.parse_args(arguments)
     if args.steps < 10:
         raise UserError(f"--steps {args.steps} must be at least 10")

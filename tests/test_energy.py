@@ -1,4 +1,4 @@
-"""experiments.energy on untrained models: what it prints is what model.energies computes, and it draws something."""
+"""experiments.energy on untrained models: what it prints is what energies() computes, and it draws something."""
 
 import math
 

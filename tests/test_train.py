@@ -17,7 +17,7 @@ import checkpoint
 import sample
 import train
 from configurator import parse
-from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, losses, needs, run
+from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, flags, losses, needs, run
 from experiments import plot
 from guard import UserError
 from model import GPT, VARIANTS, GPTConfig
@@ -65,15 +65,14 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(data, tmp_path, choi
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(data, tmp_path):
     """torchrun with gloo, against one process with the same global batch; and compiled, against not."""
-    knobs = TINY | dict(data_dir=data, dataset="squares", max_iters=5, eval_interval=5, dropout=0, dtype="float32")
+    knobs = dict(max_iters=5, eval_interval=5, dropout=0, dtype="float32")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     for name, launcher, extra in (
         ("one", (sys.executable,), {}),
         ("two", torchrun, {}),
         ("compiled", (sys.executable,), dict(compile=True)),
     ):
-        flags = [f"--{k}={v}" for k, v in (knobs | extra | dict(out_dir=tmp_path / name)).items()]
-        run("train.py", *flags, launcher=launcher, OMP_NUM_THREADS="1")
+        run("train.py", *flags(data, tmp_path / name, **knobs | extra), launcher=launcher)
     one, *others = (checkpoint.load(tmp_path / name / "ckpt.pt") for name in ("one", "two", "compiled"))
     for other in others:
         torch.testing.assert_close(one["model"], other["model"], rtol=1e-4, atol=2e-5)
@@ -85,8 +84,7 @@ def test_eval_only(data, trained, tmp_path):
     donor = checkpoint.load(trained / "ckpt.pt")
     shutil.copytree(trained, tmp_path / "run")
     for out_dir, init_from in ((tmp_path / "run", "resume"), (tmp_path / "new", trained / "ckpt.pt")):
-        knobs = TINY | dict(data_dir=data, dataset="squares", out_dir=out_dir, init_from=init_from, n_embd=32, dropout=0)
-        train.main([f"--{k}={v}" for k, v in knobs.items()] + ["--eval_only=True"])
+        train.main(flags(data, out_dir, init_from=init_from, n_embd=32, dropout=0, eval_only=True))
         last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["val_loss"] == pytest.approx(donor["best_loss"], rel=1e-3)
     assert not (tmp_path / "new" / "ckpt.pt").exists()
@@ -150,27 +148,22 @@ def test_released_weights_load_through_transformers(data, tmp_path):
     assert metrics[0]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-SURGEONS = dict(
-    MHA2nd1st="--variant=MHA2nd1st", LightMHA2nd1st="--variant=LightMHA2nd1st", MomenMHA="--variant=MomenMHA",
-    NagMHA="--variant=NagMHA", both="--variant=NagMHA --curvature=light --momentum_on=both",
-)  # fmt: skip
+SURGEONS = {name: dict(variant=name) for name in ("MHA2nd1st", "LightMHA2nd1st", "MomenMHA", "NagMHA")}
+SURGEONS["both"] = dict(variant="NagMHA", curvature="light", momentum_on="both")
 
 
-@pytest.mark.parametrize("flags", SURGEONS.values(), ids=SURGEONS)
-def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, flags):
+@pytest.mark.parametrize("choices", SURGEONS.values(), ids=SURGEONS)
+def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, choices):
     """A trained MHA as another system: the same logits, and its new scalars leave where they start."""
     donor = checkpoint.load(trained / "ckpt.pt")
-    config, weights = checkpoint.surgery(
-        parse(GPTConfig, [*flags.split(), "--block_size=32"]), donor["model_config"], donor["model"]
-    )
+    config, weights = checkpoint.surgery(GPTConfig(**choices, block_size=32), donor["model_config"], donor["model"])
     old, new = GPT(GPTConfig(**donor["model_config"])).eval(), GPT(config).eval()
     old.load_state_dict(donor["model"])
     assert set(new.load_state_dict(weights, strict=False).missing_keys) == {n for n in new.state_dict() if n.endswith(".raw")}
     idx = torch.arange(32)[None]
     torch.testing.assert_close(new(idx, idx)[0], old(idx, idx)[0], rtol=0, atol=1e-5)
-    knobs = dict(pair.removeprefix("--").split("=") for pair in flags.split())
     state, metrics = fit(data, tmp_path, init_from=trained / "ckpt.pt", max_iters=5, n_embd=32, dtype="float32",
-                         scalar_learning_rate=0.1, dropout=0, **knobs)  # fmt: skip
+                         scalar_learning_rate=0.1, dropout=0, **choices)  # fmt: skip
     assert metrics[0]["val_loss"] == pytest.approx(donor["best_loss"], rel=0.01)
     moved = {n: p.abs().max() for n, p in state["model"].items() if n.endswith(".raw")}  # from tau = 0, from beta = 0
     moved.pop("transformer.h.0.rules.0.beta.raw", None)  # the first velocity is zero
@@ -179,13 +172,13 @@ def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, flags
 
 def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path):
     """With the reason; and a system takes its own weights."""
-    for flags, words in (
-        (["--variant=YuriiFormer"], "cannot start as MHA"),
-        (["--variant=LinearMHA"], "cannot start as MHA"),
-        (["--block_size=64"], "32 positions"),
+    for choices, words in (
+        (dict(variant="YuriiFormer"), "cannot start as MHA"),
+        (dict(variant="LinearMHA"), "cannot start as MHA"),
+        (dict(block_size=64), "32 positions"),
     ):
         with pytest.raises(UserError, match=words):
-            fit(data, tmp_path, init_from=trained / "ckpt.pt", **dict(pair.removeprefix("--").split("=") for pair in flags))
+            fit(data, tmp_path, init_from=trained / "ckpt.pt", **choices)
     fit(data, tmp_path / "nag", variant="NagMHA", max_iters=1)
     with pytest.raises(UserError, match="reversible=True divides by beta=0"):
         fit(data, tmp_path, init_from=trained / "ckpt.pt", **REVERSIBLE)
@@ -235,8 +228,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_sample(trained, tmp_path, capsys):
     """Prompts, seeds, temperatures, several texts at once, and the command as a process."""
 
-    def text(*flags):
-        sample.main([f"--out_dir={trained}", "--max_new_tokens=40", *flags])
+    def text(*knobs):
+        sample.main([f"--out_dir={trained}", "--max_new_tokens=40", *knobs])
         return capsys.readouterr().out
 
     assert text("--start=17 times ").startswith("17 times ")
@@ -261,7 +254,7 @@ def test_sample(trained, tmp_path, capsys):
 def test_bad_command_lines(data, trained, tmp_path):
     """Every mistake gets a UserError with the value and the remedy; from the shell it is one line."""
     knobs = [f"--data_dir={data}", "--dataset=squares", f"--out_dir={tmp_path}", "--block_size=32"]
-    for module, flags, words in (
+    for module, arguments, words in (
         (train, [*knobs, "--n_embed=8", "--variant=NagMH", "--lr=x", "--n_head=5"], ["n_embd?", "NagMHA?", "lr", "n_head=5"]),
         (train, [*knobs, "--dataset=nothing"], ["prepare.py nothing"]),
         (train, [*knobs, "--init_from=resume"], ["no checkpoint", "python train.py"]),
@@ -282,7 +275,7 @@ def test_bad_command_lines(data, trained, tmp_path):
         (plot, [str(tmp_path / "none")], ["none"]),
     ):
         with pytest.raises(UserError) as error:
-            module.main(flags)
+            module.main(arguments)
         for word in words:
             assert word in str(error.value)
     message = run("train.py", *knobs, "--n_embed=8", code=1)
@@ -331,8 +324,8 @@ def test_help_names_every_knob():
     text = run("train.py", "--help")
     for name in train.Config.__dataclass_fields__:
         assert re.search(rf"^  {name}=\S* +\S", text, re.MULTILINE), name
-    assert re.search(r"^  energy=None .*: softmax, linear, gated_linear, huber$", text, re.MULTILINE)
-    assert re.search(r"^  optimizer=adamw .*: adamw, muon$", text, re.MULTILINE)
+    assert re.search(r"^  energy=None .* \(softmax, linear, gated_linear, huber\)$", text, re.MULTILINE)
+    assert re.search(r"^  optimizer=adamw .* \(adamw, muon\)$", text, re.MULTILINE)
 
 
 def test_plot(trained, tmp_path):
@@ -365,6 +358,6 @@ def test_readme_commands(tmp_path):
                             TIKTOKEN_CACHE_DIR=str(SHARED / "tiktoken_cache"))  # fmt: skip
     for command in commands:
         if not command.startswith("make"):
-            command += "".join(f" {flags}" for word, flags in extra.items() if word in command)
+            command += "".join(f" {more}" for word, more in extra.items() if word in command)
             done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
