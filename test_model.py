@@ -189,10 +189,12 @@ def huber_energy(q, k, delta):
     return -T * torch.logsumexp(-F.huber_loss(r, torch.zeros_like(r), reduction="none", delta=delta) / T, 0)
 
 
-@pytest.mark.parametrize("delta", [0.5, 2.0, 100.0])
-def test_huber_attention_is_a_gradient_step(delta):
-    """sum_j w_j k_j - (sum_j w_j) q = -grad F, with w read off by values of one."""
+@pytest.mark.parametrize("delta", [0.1, 0.5, 2.0, 100.0])
+@pytest.mark.parametrize("near", [False, True])
+def test_huber_attention_is_a_gradient_step(delta, near):
+    """sum_j w_j k_j - (sum_j w_j) q = -grad F, with w read off by values of one; also of queries close to a key."""
     q, k, _ = heads()
+    q = k + 0.05 * q if near else q
     pull = huber_attention(q, k, k, delta) - huber_attention(q, k, torch.ones_like(k), delta) * q
     step = -by_query(lambda q, k: grad(huber_energy)(q, k, delta), q, k)
     torch.testing.assert_close(pull, step, rtol=1e-10, atol=1e-10)

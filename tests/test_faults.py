@@ -143,6 +143,15 @@ def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
     assert calls[2][2] == os.path.join(tmp_path, "ckpt.pt")
 
 
+def test_metrics_are_on_the_disk_before_the_checkpoint(data, tmp_path, monkeypatch):
+    """So that after a power cut they reach as far as the run that is resumed."""
+    calls, fsync, save = [], os.fsync, checkpoint.save
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(getattr(file, "name", "")) or fsync(file))
+    monkeypatch.setattr(checkpoint, "save", lambda *args: calls.append("save") or save(*args))
+    fit(data, tmp_path, max_iters=2)
+    assert [calls[i - 1] for i, call in enumerate(calls) if call == "save"] == [str(tmp_path / "metrics.jsonl")] * 2
+
+
 def test_killed_while_a_checkpoint_is_written(data, whole, tmp_path):
     """Half a file is there and then no process: the one before loads, and the run goes on from it."""
     half = """

@@ -62,6 +62,15 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(data, tmp_path, choi
     assert parts["scaler"] == whole["scaler"] and losses(metrics) == losses(expected)
 
 
+def test_every_step_draws_its_own_random_numbers(data, tmp_path, monkeypatch):
+    """Another step or another seed of the run is another seed of torch, and nothing else is."""
+    seeds, rate = [], train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda *a: seeds.append(torch.initial_seed()) or rate(*a))
+    for name, knobs in dict(a={}, again={}, other=dict(seed=4)).items():
+        fit(data, tmp_path / name, max_iters=5, **knobs)
+    assert seeds[:5] == seeds[5:10] and len(set(seeds)) == 10
+
+
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(data, tmp_path):
     """torchrun with gloo, against one process with the same global batch; and compiled, against not."""
