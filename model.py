@@ -188,8 +188,7 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
     if q.dtype == torch.float16:  # cannot hold a sum over many keys
         with torch.autocast(q.device.type, enabled=False):
             return linear_attention(q.float(), k.float(), v.float(), log_a, S, chunk)
-    T = q.size(2)
-    chunk = min(chunk, T)
+    T, chunk = q.size(2), min(chunk, q.size(2))
     q, k, v = (F.pad(t, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for t in (q, k, v))  # (B, nh, chunks, chunk, hs)
     b = F.pad(log_a, (0, -T % chunk)).unflatten(2, (-1, chunk)).cumsum(-1)  # log decay since the chunk began
     KV = (k * (b[..., -1:] - b).exp()[..., None]).mT @ v  # what each chunk adds to S: (B, nh, chunks, hs, hs)
@@ -212,7 +211,7 @@ def causal(E):
 
 
 class Scalar(nn.Module):
-    """Numbers kept in their range: parameters seen through a map onto the range or, if not learned, a constant."""
+    """A number or a tensor of them, kept in range: a parameter seen through a map onto the range or, if not learned, fixed."""
 
     MAPS = dict(  # range: (map, its inverse)
         real=(lambda a: a, lambda y: y),
@@ -221,7 +220,6 @@ class Scalar(nn.Module):
     )
 
     def __init__(self, value, range="real", learned=True):
-        """value: a number or, to learn several at once, a tensor of where they start."""
         super().__init__()
         self.value, (self.map, inverse) = value, self.MAPS[range]
         self.raw = nn.Parameter(inverse(torch.as_tensor(value, dtype=torch.float32))) if learned else None
@@ -306,8 +304,7 @@ class GatedLinearAttention(LinearAttention):
         self.register_buffer("horizon", torch.linspace(0, 6, config.n_head)[:, None], persistent=False)
 
     def log_a(self, x):
-        precise = torch.promote_types(x.dtype, torch.float32)
-        return F.logsigmoid(self.c_gate(x).mT.to(precise) + self.horizon)
+        return F.logsigmoid(self.c_gate(x).mT.to(torch.promote_types(x.dtype, torch.float32)) + self.horizon)
 
 
 ENERGIES = dict(softmax=SoftmaxAttention, linear=LinearAttention, gated_linear=GatedLinearAttention, huber=HuberAttention)
@@ -491,8 +488,7 @@ class Verlet(Momentum):
     def __init__(self, config, n_oracles, before):
         super().__init__(config, n_oracles, before)
         self.drifts = before % 2 == 0 or before == 2 * config.n_layer - 1
-        if not self.drifts:
-            del self.eta
+        self.eta = self.eta if self.drifts else None
 
     def forward(self, x, v, *oracles):
         v = self.norm(self.force(x, oracles, onto=self.beta(x) * v))
@@ -536,8 +532,7 @@ class Block(nn.Module):
         self.asked, moved, self.rules = SPLITTINGS[config.splitting], MOVED[config.momentum_on], nn.ModuleList()
         before = layer * sum(asked in moved for asked in self.asked)
         for asked in self.asked:
-            rule = RULES[config.momentum] if asked in moved else Gradient
-            self.rules.append(rule(config, len(asked), before))
+            self.rules.append((RULES[config.momentum] if asked in moved else Gradient)(config, len(asked), before))
             before += asked in moved
 
     def steps(self, cache=None):
@@ -587,7 +582,7 @@ class GPT(nn.Module):
         return (x + v if self.config.momentum == "none" else x), v  # EmbedControl: the same tables, and no velocity
 
     def layers(self):
-        """The blocks in the order in which they are applied."""
+        """The blocks in the order of their application."""
         return [*self.transformer.h] * self.config.n_loop
 
     def hidden(self, idx, caches=None, past=0):
@@ -598,8 +593,7 @@ class GPT(nn.Module):
         assert past == 0 or idx.size(1) == 1
         x, v = self.embed(idx, past)
         if self.config.reversible and torch.is_grad_enabled():
-            steps = [step for block in self.layers() for step in block.steps()]
-            x = Reversible.apply(x, v, steps, *self.transformer.h.parameters())
+            x = reversibly(x, v, self.layers())
         else:
             for i, block in enumerate(self.layers()):
                 x, v = block(x, v, None if caches is None else caches[i])
@@ -616,18 +610,22 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, top_p=1.0):
+        """stream()'s tokens behind idx, (B, T + as many as there are)."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, stop, top_p)), 1)
+
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, top_p=1.0):
         """
-        Append up to max_new_tokens to idx, (B, T) with T >= 1, sampled from softmax(logits / temperature) among the top_k
-        likeliest (None: all); temperature 0 takes the likeliest. A row ends at its first `stop` token and is filled with it.
-        As in nanoGPT a token sees the last block_size tokens only. Beyond block_size each costs a whole forward pass, since
-        every position moves; before that it reuses their keys.
+        Up to max_new_tokens that follow idx, (B, T) with T >= 1, one by one, (B, 1): sampled from softmax(logits / temperature)
+        among the top_k likeliest (None: all), or the likeliest whose sum reaches top_p; temperature 0 takes the likeliest. A
+        row ends at its first `stop` token and is filled with it. As in nanoGPT a token sees the last block_size tokens only;
+        beyond block_size each costs a whole forward pass, since every position moves.
         """
         block_size, past = self.config.block_size, 0
         caches = [Cache(block_size) for _ in self.layers()]
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        with torch.inference_mode():  # less overhead than no_grad, and a token is hundreds of tiny operations
-            for _ in range(max_new_tokens):
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():  # less overhead than no_grad, and a token is hundreds of tiny operations
                 if idx.size(1) <= block_size:
                     logits, _ = self(idx[:, past:], caches=caches, past=past)
                 else:
@@ -636,24 +634,25 @@ class GPT(nn.Module):
                 if top_k is not None:
                     least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
-                if temperature == 0:
-                    token = logits.argmax(-1, keepdim=True)
-                else:
-                    token = torch.multinomial(F.softmax(logits / temperature, -1), 1)
+                p = F.softmax(logits / (temperature or 1.0), -1)
+                if top_p < 1:
+                    likeliest, tokens = p.sort(descending=True)
+                    p = p.scatter(1, tokens, likeliest.masked_fill(likeliest.cumsum(-1) - likeliest >= top_p, 0.0))
+                token = p.multinomial(1) if temperature else logits.argmax(-1, keepdim=True)
                 if stop is not None:
                     token = token.masked_fill(ended, stop)
                     ended |= token == stop
                 idx = torch.cat((idx, token), 1)
-                if stop is not None and ended.all():
-                    break
-        return idx.clone()  # an ordinary tensor again
+            yield token
+            if stop is not None and ended.all():
+                break
 
     def count_parameters(self):
         """Numbers of parameters: dict(embedding=..., layers=..., scalars=...); the tied head counts as embedding."""
         embedding = sum(p.numel() for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
         scalars = sum(p.numel() for m in self.modules() if isinstance(m, Scalar) for p in m.parameters())
-        total = sum(p.numel() for p in self.parameters())
-        return dict(embedding=embedding, layers=total - embedding - scalars, scalars=scalars)
+        layers = sum(p.numel() for p in self.parameters()) - embedding - scalars
+        return dict(embedding=embedding, layers=layers, scalars=scalars)
 
 
 # ---- only for speed and memory: skip it on a first reading -----------------------------------------------------------
@@ -700,34 +699,40 @@ class Reversible(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, v, steps, *parameters):
+    def forward(ctx, x, v, steps, *parameters):  # steps: (rule, oracle, parameters of their block)
         ctx.steps, ctx.parameters, ctx.input_dtype = steps, parameters, x.dtype
         ctx.autocast = dict(device_type=x.device.type, dtype=torch.get_autocast_dtype(x.device.type),
                             enabled=torch.is_autocast_enabled(x.device.type))  # fmt: skip
         x, v = x.double(), v.double()
-        for rule, (oracle,) in steps:
+        for rule, oracle, _ in steps:
             x, v = rule(x, v, lambda x, oracle=oracle: oracle(x.to(ctx.input_dtype)).double())
         ctx.save_for_backward(x, v)
         return x.to(ctx.input_dtype)
 
     @staticmethod
     def backward(ctx, dx):
-        x, v = ctx.saved_tensors
-        dx = dx.double()
+        (x, v), dx = ctx.saved_tensors, dx.double()
         dv, grads = torch.zeros_like(v), {p: None for p in ctx.parameters}
-        for rule, (oracle,) in reversed(ctx.steps):
+        for rule, oracle, own in reversed(ctx.steps):
             x = x - rule.eta() * v
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 x.requires_grad_()
                 g = oracle(x.to(ctx.input_dtype)).double()
                 v = ((v - rule.gamma[0]() * g) / rule.beta()).detach().requires_grad_()
                 x1, v1 = rule(x, v, lambda x, g=g: g)
-            dx, dv, *d = torch.autograd.grad((x1, v1), (x, v, *grads), (dx, dv), allow_unused=True)
-            for p, dp in zip(grads, d, strict=True):
+            dx, dv, *d = torch.autograd.grad((x1, v1), (x, v, *own), (dx, dv), allow_unused=True)
+            for p, dp in zip(own, d, strict=True):
                 if dp is not None:
                     grads[p] = dp if grads[p] is None else grads[p] + dp
             x, v = x.detach(), v.detach()
         return dx.to(ctx.input_dtype), dv.to(ctx.input_dtype), None, *grads.values()
+
+
+@torch.compiler.disable  # compiled, its two passes would round differently, and every division by beta magnifies that
+def reversibly(x, v, blocks):
+    """The iterate after these blocks, by Reversible."""
+    steps = [(rule, oracle, [*block.parameters()]) for block in blocks for rule, (oracle,) in block.steps()]
+    return Reversible.apply(x, v, steps, *dict.fromkeys(p for _, _, own in steps for p in own))
 
 
 class Cache:
@@ -766,7 +771,7 @@ RANGES = {  # where numbers must lie: the test, and the names
     "must be at least 1": (lambda n: n >= 1, "n_layer n_head n_embd block_size vocab_size inner_steps n_loop"),
     "must be at least 0": (lambda n: n >= 0, "precond_rank"),
     "must lie in [0, 1)": (lambda n: 0 <= n < 1, "dropout beta mu"),
-    "must be positive": (lambda n: n > 0, "gamma eta delta"),
+    "must be positive and finite": (lambda n: 0 < n < math.inf, "gamma eta delta"),
 }
 READ_BY = {  # knobs, and the choices that read them: with others they would do nothing, so they stay as they are in MHA
     "delta": ("energy", {"huber"}),
@@ -782,15 +787,16 @@ NEEDS = [  # choices, what they need, and why
     (dict(splitting={"euler"}, momentum=MOVING), dict(momentum_on="both"), "moves attention and MLP in one step"),
     (dict(momentum={"verlet"}), dict(momentum_on="both", splitting="lie_trotter"), "kicks with attention, then with the MLP"),
     (dict(momentum={"dense"}), dict(n_loop=1), "learns a weight for each pair of layers, not of rounds"),
-    (dict(reversible={True}), dict(momentum="polyak", momentum_on="both", splitting="lie_trotter", velocity_norm=False),
-     "inverts polyak's steps"),
-    (dict(reversible={True}), dict(dropout=0), "computes every oracle twice"),
+    (dict(reversible={True}),
+     dict(momentum="polyak", momentum_on="both", splitting="lie_trotter", velocity_norm=False, dropout=0),
+     "inverts polyak's steps and computes each twice"),
 ]  # fmt: skip
 RELATIONS = [  # what else must hold, and what to say where it does not
     (lambda c: c.n_head < 1 or c.n_embd % c.n_head == 0,
      lambda c: f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}"),
-    (lambda c: {*c.learned.split()} <= {"beta", "gamma", "eta"} | ({"mu"} if c.momentum in LOOKS_AHEAD and c.mu else set()),
-     lambda c: f"learned={c.learned!r} may name beta, gamma, eta, and mu if the momentum looks ahead and mu lies in (0, 1)"),
+    (lambda c: all(dict(gamma=True, eta=True, beta=not c.reversible, mu=c.momentum in LOOKS_AHEAD and c.mu).get(name)
+                   for name in c.learned.split()),
+     lambda c: f"learned={c.learned!r} may name gamma, eta, beta if reversible=False, and mu if a look-ahead has one above 0"),
     (lambda c: not c.reversible or c.beta ** max(0, 2 * c.n_layer * c.n_loop) > 1e-8,
      lambda c: f"reversible=True divides by beta={c.beta} twice in each of {c.n_layer} x {c.n_loop} layers, more than float64 "
                f"can bear: take beta of at least {1e-8 ** (0.5 / c.n_layer / c.n_loop) + 0.005:.2f}"),
@@ -842,9 +848,3 @@ def refused(c):
             chosen, others = (" or ".join(f"{axis}={values[axis]}" for axis in choices) for values in (vars(c), OF_MHA))
             problems.append(f"{chosen.replace(' or ', ' with ')} {why}: take {lacking}, or {others}")
     return problems
-
-
-if __name__ == "__main__":
-    from experiments.variants import table
-
-    print(table(), end="")

@@ -646,15 +646,21 @@ def test_no_graph_breaks(system):
     assert compiled(idx, idx)[1] == model(idx, idx)[1]
 
 
-def test_reversible_layers_run_beside_compiled_ones():
-    model = tiny(**REVERSIBLE)
-    idx = tokens(model)
-    gradients = []
-    for running in (model, torch.compile(model, backend="eager")):
-        model.zero_grad()
-        running(idx, idx)[1].backward()
-        gradients.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(*gradients)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_compiled_reversible_gradients_are_those_of_plain_backprop(dtype, error):
+    """By inductor, in 24 layers, where every difference between the two passes would grow by 1 / beta a step."""
+    torch.compiler.reset()
+    model = tiny(**REVERSIBLE, n_layer=24, n_embd=32)
+    plain = GPT(GPTConfig(**vars(model.config) | dict(reversible=False)))
+    plain.load_state_dict(model.state_dict())
+    idx, gradients = tokens(model), []
+    for owner, running in ((plain, plain), (model, torch.compile(model))):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = running(idx, idx.roll(-1, 1))[1]
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in owner.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < error * gradients[0].norm()
 
 
 # they may change only with the mathematics or the initialisation, on purpose; alone they prove nothing
@@ -707,7 +713,7 @@ def test_golden_losses(variant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("learned", ["", "beta gamma eta"])
+@pytest.mark.parametrize("learned", ["", "gamma eta"])
 def test_reversible_gradients_are_those_of_plain_backprop(learned, dtype):
     """Over 24 layers, and through a looped stack."""
     for shape in (dict(n_layer=24), dict(n_layer=3, n_loop=3)):
@@ -754,11 +760,11 @@ def legal(draw):
              diagonal=pick(tied, False, True), precond_rank=pick(tied, 0, 2), inner_steps=pick(tied, 1, 3),
              momentum_on="both" if momentum == "verlet" else pick(momentum != "none", "attention", "both"),
              velocity_init=pick(momentum != "dense", "zero", "embed"), velocity_norm=pick(velocity, False, True),
-             learned=pick(velocity, "", "beta", "beta gamma eta"), n_loop=pick(momentum != "dense", 1, 2))  # fmt: skip
+             learned=pick(velocity, "", "eta", "beta gamma eta"), n_loop=pick(momentum != "dense", 1, 2))  # fmt: skip
     both = momentum == "none" or (c["momentum_on"] == "both" and momentum != "verlet")
     c["splitting"] = pick(both, "lie_trotter", "euler")
     plain = momentum == "polyak" and c["momentum_on"] == "both" and not c["velocity_norm"]
-    c["reversible"] = pick(plain and c["splitting"] == "lie_trotter", False, True)
+    c["reversible"] = pick(plain and c["splitting"] == "lie_trotter" and "beta" not in c["learned"], False, True)
     return c | (dict(beta=draw(st.floats(0.7, 0.95))) if momentum != "none" else {})
 
 
@@ -871,6 +877,8 @@ def test_generate_options():
     free = model.generate(idx, 8)
     torch.manual_seed(3)
     assert torch.equal(model.generate(idx, 8, top_k=1000), free)
+    assert torch.equal(model.generate(idx, 8, temperature=1.7, top_p=1e-9), greedy)
+    assert torch.equal(torch.cat(list(model.stream(idx, 8, temperature=0)), 1), greedy[:, 2:])
     stop = greedy[0, 3].item()
     stopped = model.generate(idx, 8, temperature=0, stop=stop)
     n = stopped.size(1)
@@ -878,6 +886,15 @@ def test_generate_options():
         end = whole.index(stop, 2) + 1 if stop in whole[2:] else len(whole)
         assert row == (whole[:end] + [stop] * n)[:n]
     assert stop not in greedy[1, 2:] or n < 10
+
+
+def test_top_p_keeps_the_likeliest_that_reach_it():
+    """The tokens drawn from known probabilities: the fewest whose sum is at least top_p."""
+    model, p = tiny(vocab_size=4, block_size=4), torch.tensor([0.1, 0.5, 0.15, 0.25])
+    model.lm_head.register_forward_hook(lambda *_: p.log().expand(200, 1, 4))
+    for top_p, kept in ((0.4, {1}), (0.5, {1}), (0.6, {1, 3}), (0.8, {1, 2, 3}), (0.95, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        drawn = next(model.stream(torch.zeros(200, 1, dtype=torch.long), 1, top_p=top_p))
+        assert set(drawn.flatten().tolist()) == kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -898,7 +915,7 @@ def test_generate_options():
         (dict(momentum="nesterov", mu=1.0), "[0, 1)"),
         (dict(precond_rank=-1), "at least 0"),
         (dict(momentum="polyak", learned="tau"), "may name"),
-        (dict(momentum="nesterov", learned="mu"), "mu lies in (0, 1)"),
+        (dict(momentum="nesterov", learned="mu"), "mu if a look-ahead has one above 0"),
         (dict(energy="linear", curvature="light"), "take energy=softmax"),
         (dict(energy="huber", curvature="newton"), "take energy=softmax"),
         (dict(momentum_on="both"), "take momentum_on='attention'"),
@@ -908,7 +925,7 @@ def test_generate_options():
         (dict(momentum="dense", gamma=2.0), "take gamma=1.0"),
         (dict(beta=0.9), "belongs to momentum="),
         (dict(variant="PolyakFormer", mu=0.5), "take mu=None"),
-        (dict(variant="PolyakFormer", learned="beta mu"), "mu if the momentum looks ahead"),
+        (dict(variant="PolyakFormer", learned="beta mu"), "mu if a look-ahead"),
         (dict(delta=3.0), "belongs to energy=huber"),
         (dict(momentum="dense", velocity_init="embed"), "velocity_init='zero'"),
         (dict(momentum="dense", n_loop=2), "n_loop=1"),
@@ -923,6 +940,8 @@ def test_generate_options():
         (dict(reversible=True), "momentum=polyak"),
         (dict(variant="PolyakFormer", reversible=True), "velocity_norm=False"),
         (dict(REVERSIBLE, dropout=0.1), "dropout=0"),
+        (dict(REVERSIBLE, learned="beta gamma"), "beta if reversible=False"),
+        (dict(energy="huber", delta=math.inf), "delta=inf must be positive and finite"),
         (dict(REVERSIBLE, beta=0.5, n_layer=24), "take beta of at least 0.69"),
     ],
     ids=str,

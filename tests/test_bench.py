@@ -126,6 +126,6 @@ def test_a_missed_bar_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_table_of_variants():
-    lines = run("-m", "model").splitlines()
+    lines = run("-m", "experiments.variants").splitlines()
     assert len(lines) == 2 + len(VARIANTS)
     assert "| `MHA` | nanoGPT |  | 39,419,904 | 85,056,000 | 0 |" in lines[2]
