@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import textwrap
@@ -92,10 +93,10 @@ def made_with(device):
     return software | dict(hardware=hardware, commit=commit)
 
 
-def load(path, device="cpu"):
+def load(path):
     """
-    What save() wrote to path, or the model that nanoGPT saved there. Raises UserError if there is nothing, or nothing that
-    is whole and safe, to load.
+    What save() wrote to path, or the model that nanoGPT saved there, on the CPU. Raises UserError if there is nothing, or
+    nothing that is whole and safe, to load.
     """
     path, previous = str(path), str(path).replace("ckpt.pt", "ckpt_prev.pt")
     offer = f"; the one before is kept: mv {previous} {path}" if previous != path and os.path.exists(previous) else ""
@@ -106,19 +107,41 @@ def load(path, device="cpu"):
         with zipfile.ZipFile(path) as file:  # torch doesn't check what it reads, and a changed bit is a changed weight
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(damaged)
-        state = torch.load(path, map_location=device, weights_only=True)
-        if "model_args" in state:  # nanoGPT's
-            weights = {k.removeprefix("_orig_mod."): v for k, v in state["model"].items() if not k.endswith(".attn.bias")}
-            config = asdict(GPTConfig(**state["model_args"]))
-            state = dict(model=weights, model_config=config, tokenizer="gpt2", step=state["iter_num"])
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if "model_args" in state:
+            state = of_nanogpt(path, state)
         state["model"].keys(), state["model_config"].keys(), state["tokenizer"].encode()
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, UserError):
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from None
     except Exception as error:  # bytes that are no checkpoint can make the unpickler raise anything
         raise UserError(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}){offer}") from None
     return state
+
+
+# a loss that numpy computed is kept as one of these, and making one runs no code of the file's
+NUMPY_SCALARS = [np.float64().__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
+GPT2_VOCABULARY = (50257, 50304)  # its tokens, and with nanoGPT's padding rows
+
+
+def of_nanogpt(path, state):
+    """
+    A checkpoint of nanoGPT, or of a descendant that keeps its layout, in our layout: without the prefixes of compiled and
+    distributed modules, the masks of old versions, and arguments that nanoGPT does not have. Raises UserError if its tokens
+    are not GPT-2's: a character-level model's are in a pickle beside its data, and pickles are not loaded here.
+    """
+    args, sizes = state["model_args"], ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
+    if args["vocab_size"] not in GPT2_VOCABULARY:
+        raise UserError(
+            f"{path} is nanoGPT's, with {args['vocab_size']} tokens that are not GPT-2's: a character-level model cannot be "
+            "read, since its characters are in a pickle, which could run any code; train again on text from prepare.py"
+        )
+    prefixes = re.compile(r"^((_orig_mod|module)\.)+")
+    weights = {prefixes.sub("", k): v for k, v in state["model"].items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    config = asdict(GPTConfig(**{k: args[k] for k in sizes if k in args}))
+    return dict(model=weights, model_config=config, tokenizer="gpt2", step=int(state["iter_num"]))
 
 
 @contextlib.contextmanager
@@ -161,12 +184,12 @@ def restore(optimizer, saved):
 
 def load_model(path, device="cpu", **choices):
     """The checkpoint's model, ready to be evaluated, with these choices of its configuration changed, and the checkpoint."""
-    state = load(path, device)
+    state = load(path)
     with fitting(path):
         # reversible matters to training only
-        model = GPT(GPTConfig(**state["model_config"] | dict(reversible=False) | choices)).to(device).eval()
+        model = GPT(GPTConfig(**state["model_config"] | dict(reversible=False) | choices)).eval()
         model.load_state_dict(state["model"])
-    return model, state
+    return model.to(device), state
 
 
 SCALARS = ("beta", "gamma", "mu", "eta", "learned")
@@ -209,6 +232,24 @@ def surgery(config, donor, weights):
         raise UserError(f"{config.variant} cannot take the weights of {donor['variant']}: {error}") from None
 
 
+def donated(cfg, config, tokenizer):
+    """
+    The weights of cfg.init_from, X.pt or a name of gpt2(), in config's model: surgery()'s (config, weights). tokenizer: that of
+    the text. Raises UserError if the weights are of another one, or cannot be config's.
+    """
+    if cfg.init_from.endswith(".pt"):
+        state = load(cfg.init_from)
+        donor, weights, theirs = state["model_config"], state["model"], state["tokenizer"]
+    else:
+        (donor, weights), theirs = gpt2(cfg.init_from), "gpt2"
+    if theirs != tokenizer and not cfg.any_tokenizer:
+        raise UserError(
+            f"{cfg.init_from} is of the tokenizer {theirs}, the text of {tokenizer}: prepare the text with --tokenizer "
+            f"{theirs}, or teach the model other tokens with --any_tokenizer"
+        )
+    return surgery(config, donor, weights)
+
+
 def gpt2(name):
     """
     GPT-2's released weights through transformers: (configuration as a dict, state_dict) in nanoGPT's names. name is gpt2,
@@ -227,6 +268,11 @@ def gpt2(name):
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from None
     c = model.config
+    wants = dict(activation_function=("gelu_new", "gelu", "gelu_pytorch_tanh"), n_inner=(None, 4 * c.n_embd),
+                 scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), layer_norm_epsilon=(1e-5,),
+                 tie_word_embeddings=(True,), add_cross_attention=(False,))  # fmt: skip
+    if odd := [f"{k}={getattr(c, k)}, not {v[0]}" for k, v in wants.items() if getattr(c, k) not in v]:
+        raise UserError(f"init_from={name}: its config.json has {'; '.join(odd)}, which GPT-2's function here does not have")
     sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size)
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
     state = {k: v.t() if k.endswith(transposed) else v for k, v in model.state_dict().items()}

@@ -17,7 +17,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 9
 def pick_device(name, say=lambda text: print(text, file=sys.stderr)):
     """
     The device of this name; for auto CUDA if there is a card, else the CPU. Where a card is asked for and there is none it is
-    the CPU too, which say() tells. Raises UserError for a name that is none.
+    the CPU too, which say() tells. Raises UserError for a name that is none, or of a device that cannot be used here.
     """
     try:
         kind = torch.device("cpu" if name == "auto" else name).type
@@ -28,6 +28,13 @@ def pick_device(name, say=lambda text: print(text, file=sys.stderr)):
     if kind == "cuda" and not torch.cuda.is_available():
         say(f"device={name}, but torch {torch.__version__} sees no CUDA card: going on with the CPU")
         return "cpu"
+    try:
+        if kind not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("models run on cpu, cuda and mps")
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"device={name} cannot be used here: {reason}; take --device=cpu or another one") from None
     return name
 
 

@@ -39,6 +39,7 @@ class Config(GPTConfig):
     vocab_size: int | None = None  # rows of the token table; None: as many as the tokenizer has
     # the run
     out_dir: str = "out"  # folder of the checkpoints and metrics
+    any_tokenizer: bool = False  # start from weights of another tokenizer than the data's, whose tokens mean other things
     init_from: str = "scratch"  # scratch; resume: out_dir/ckpt.pt; X.pt: the weights of another run; gpt2, gpt2-medium, ...
     dataset: str = "openwebtext"  # folder below data/
     data_dir: str = "data"  # folder that holds the data sets
@@ -151,10 +152,16 @@ class Machine:
         if rest:
             steps = cfg.gradient_accumulation_steps
             raise UserError(f"gradient_accumulation_steps={steps} must be a multiple of the {self.world} processes")
+        if self.world > 1 and cfg.device.startswith("cuda:"):
+            raise UserError(f"device={cfg.device} would put all {self.world} processes on one card: take --device=cuda")
         self.device = pick_device(cfg.device, say)
         if self.device == "cuda":
             self.device = f"cuda:{local_rank}"
         self.kind = torch.device(self.device).type
+        if self.kind == "mps" and cfg.reversible:
+            raise UserError(
+                "reversible=True computes in float64, which mps does not have: take --device=cpu or reversible=False"
+            )
         if self.world > 1:
             dist.init_process_group("nccl" if self.kind == "cuda" else "gloo", timeout=timedelta(seconds=cfg.timeout))
 
@@ -254,12 +261,8 @@ def start(cfg, machine, meta, made_with):
         if not 0 <= run.step <= cfg.max_iters:
             raise UserError(f"{latest} is of step {run.step}, max_iters={cfg.max_iters} ends before: raise max_iters")
         say(f"resuming at step {run.step}" + (f"; begun with {'; '.join(changed)}" if changed else ""))
-    elif cfg.init_from.endswith(".pt"):
-        donor = checkpoint.load(cfg.init_from)
-        config, weights = checkpoint.surgery(config, donor["model_config"], donor["model"])
-        del donor  # its optimizer is as large as two models
     elif cfg.init_from != "scratch":
-        config, weights = checkpoint.surgery(config, *checkpoint.gpt2(cfg.init_from))
+        config, weights = checkpoint.donated(cfg, config, meta["tokenizer"])
     if config.vocab_size < meta["vocab_size"]:
         raise UserError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of {cfg.dataset}'s tokenizer")
     torch.manual_seed(cfg.seed)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ import checkpoint
 import sample
 import train
 from configurator import parse
-from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, flags, losses, needs, run
+from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, flags, losses, needs, run, tiny
 from experiments import plot
 from guard import UserError
 from model import GPT, VARIANTS, GPTConfig
@@ -144,17 +145,51 @@ def test_learning_rate_schedule():
 # GPT-2's weights
 
 
-def test_released_weights_load_through_transformers(data, tmp_path):
-    """A folder that transformers wrote gives the loss that transformers computes."""
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    """A function that writes a small GPT-2 as transformers does, with changes to its configuration, and returns both."""
     transformers = pytest.importorskip("transformers")
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, activation_function="gelu")).eval()
-    theirs.save_pretrained(tmp_path / "gpt2")
-    state, metrics = fit(data, tmp_path / "out", init_from=tmp_path / "gpt2", max_iters=1, dtype="float32")
+
+    def write(**changes):
+        sizes = dict(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300, activation_function="gelu")
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | changes)).eval()
+        theirs.save_pretrained(tmp_path / "gpt2")
+        return tmp_path / "gpt2", theirs
+
+    return write
+
+
+def test_released_weights_load_through_transformers(data, tmp_path, gpt2_folder):
+    """A folder that transformers wrote gives the loss that transformers computes."""
+    folder, theirs = gpt2_folder()
+    state, metrics = fit(data, tmp_path / "out", init_from=folder, any_tokenizer=True, max_iters=1, dtype="float32")
     split = train.Split(data / "squares", "val", 32)
     x, y = map(torch.from_numpy, split.windows(split.fixed(8)))
     loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
     assert metrics[0]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    dict(scale_attn_by_inverse_layer_idx=True), dict(scale_attn_weights=False), dict(activation_function="relu"),
+    dict(n_inner=32), dict(tie_word_embeddings=False), dict(layer_norm_epsilon=1e-3),
+], ids=str)  # fmt: skip
+def test_released_weights_of_another_function_are_refused(gpt2_folder, change):
+    """With the entry of config.json that changes it."""
+    (name, value), (folder, _) = *change.items(), gpt2_folder(**change)
+    with pytest.raises(UserError, match=f"{name}={value}, not "):
+        checkpoint.gpt2(str(folder))
+
+
+def test_weights_of_another_tokenizer_are_refused(data, trained, tmp_path, gpt2_folder):
+    """With both names, whatever the sizes, unless they are asked for."""
+    folder, _ = gpt2_folder()
+    state = checkpoint.load(trained / "ckpt.pt")
+    checkpoint.save(tmp_path, state | dict(tokenizer="cl100k_base"), best=False)
+    for donor, name in ((folder, "gpt2"), (tmp_path / "ckpt.pt", "cl100k_base")):
+        with pytest.raises(UserError, match=f"of the tokenizer {name}, the text of bytes: .* --tokenizer {name}"):
+            fit(data, tmp_path / "out", init_from=donor, max_iters=1)
+    assert not (tmp_path / "out").exists()
+    fit(data, tmp_path / "out", init_from=tmp_path / "ckpt.pt", max_iters=1, any_tokenizer=True)
 
 
 SURGEONS = {name: dict(variant=name) for name in ("MHA2nd1st", "LightMHA2nd1st", "MomenMHA", "NagMHA")}
@@ -199,15 +234,45 @@ def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path)
     assert looped["model_config"]["n_loop"] == 2
 
 
-def test_a_checkpoint_of_nanogpt_loads(data, trained, tmp_path):
-    """Its layout: model_args, iter_num, names of a compiled module, and the mask that older versions keep as a buffer."""
-    ours = checkpoint.load(trained / "ckpt.pt")
-    args = {k: ours["model_config"][k] for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
-    weights = {f"_orig_mod.{k}": v for k, v in ours["model"].items()}
-    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
-    torch.save(dict(model=weights, model_args=args, iter_num=7, best_val_loss=torch.tensor(1.0), config={}), tmp_path / "n.pt")
-    _, metrics = fit(data, tmp_path, init_from=tmp_path / "n.pt", variant="NagMHA", max_iters=1, dtype="float32")
-    assert metrics[0]["val_loss"] == pytest.approx(ours["best_loss"], rel=0.01)
+def nanogpts(path, model, prefix="_orig_mod.", **args):
+    """Save a model as nanoGPT does, and return the path."""
+    sizes = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    weights = {prefix + k: v for k, v in model.state_dict().items()}
+    weights[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)  # the mask, in old versions
+    args = {k: getattr(model.config, k) for k in sizes} | args
+    torch.save(dict(model=weights, model_args=args, iter_num=7, best_val_loss=np.float64(1.0), config={}), path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module."])
+def test_a_checkpoint_of_nanogpt_loads(data, tmp_path, prefix):
+    """Its names, compiled or distributed or neither, with a loss from numpy and an argument that only a descendant has."""
+    ours = tiny(vocab_size=50304, n_embd=4)
+    donor = nanogpts(tmp_path / "n.pt", ours, prefix, window="sliding")
+    knobs = dict(variant="NagMHA", any_tokenizer=True, max_iters=1, dtype="float32")
+    _, metrics = fit(data, tmp_path, init_from=donor, **knobs)
+    split = train.Split(data / "squares", "val", 32)
+    x, y = map(torch.from_numpy, split.windows(split.fixed(8)))
+    assert metrics[0]["val_loss"] == pytest.approx(ours(x, y)[1].item(), rel=1e-4)
+
+
+def test_a_character_level_model_of_nanogpt_is_refused(tmp_path):
+    """With the reason: its 65 characters are nowhere in the file."""
+    with pytest.raises(UserError, match="65 tokens that are not GPT-2's.* pickle"):
+        checkpoint.load(nanogpts(tmp_path / "n.pt", tiny(vocab_size=65)))
+
+
+def test_a_device_that_cannot_be_used_is_named(data, trained, tmp_path, monkeypatch):
+    """By every program, and never as a broken checkpoint."""
+    knobs = ["--start=a", "--max_new_tokens=1"]
+    for name in ("mps", "meta", "hpu", "xpu", "vulkan"):
+        for main, arguments in ((sample.main, [f"--out_dir={trained}", *knobs]), (train.main, flags(data, tmp_path / "out"))):
+            with pytest.raises(UserError, match=f"device={name} cannot be used here: .*--device=cpu"):
+                main([*arguments, f"--device={name}"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device=cuda:1 would put all 2 processes on one card"):
+        fit(data, tmp_path / "out", device="cuda:1")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc's settings are those of Linux")
