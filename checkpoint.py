@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 import torch
 
+from data import ORDER
 from files import replacing
 from guard import UserError
+from log import say
 from model import GPT, GPTConfig
 
 
@@ -162,11 +164,29 @@ def differences(state, cfg, data):
     """
     then, now = state["config"], asdict(cfg)
     there = dict(data=state["data"]) | {k: then[k] for k in ("optimizer", "seed")} | state["model_config"]
-    here = now | dict(data=data)
+    there["order of the data"] = state.get("order", 1)  # a run cannot go on in another one
+    here = now | {"data": data, "order of the data": ORDER}
     for k in ("gradient_accumulation_steps", "eval_iters"):  # what a step, and an evaluation, are made of
         there[f"batch_size * {k}"], here[f"batch_size * {k}"] = (c["batch_size"] * c[k] for c in (then, now))
     # surgery may have made another model than the configuration says: either is right
     return [f"{k}={v}, not {here[k]}" for k, v in there.items() if here[k] not in (v, then.get(k, v))]
+
+
+def resumed(path, cfg, data, made_with):
+    """
+    The checkpoint at path, its GPTConfig and its Progress. made_with: what made_with() says now. Raises UserError if it is not
+    of the run that cfg and data (a fingerprint) describe, or is beyond that run's end.
+    """
+    state = load(path)
+    with fitting(path):
+        differs, run, config = differences(state, cfg, data), Progress.of(state), GPTConfig(**state["model_config"])
+        changed = [f"{k} {v}, now {made_with[k]}" for k, v in state["made_with"].items() if v != made_with[k]]
+    if differs:
+        raise UserError(f"{path} has {'; '.join(differs)}: resume with the run's own configuration and data")
+    if not 0 <= run.step <= cfg.max_iters:
+        raise UserError(f"{path} is of step {run.step}, max_iters={cfg.max_iters} ends before: raise max_iters")
+    say(f"resuming at step {run.step}" + (f"; begun with {'; '.join(changed)}" if changed else ""))
+    return state, config, run
 
 
 def restore(optimizer, saved):
@@ -193,6 +213,7 @@ def load_model(path, device="cpu", **choices):
 
 
 SCALARS = ("beta", "gamma", "mu", "eta", "learned")
+SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")  # which surgery takes from the weights
 
 
 def surgery(config, donor, weights):
@@ -202,7 +223,7 @@ def surgery(config, donor, weights):
     MHA, config's system starts with its function and learns to leave it: tau = 0; or beta = 0, learned, with eta = 1 and
     Nesterov's mu = eta beta, whatever config says of them. Raises UserError if that cannot be.
     """
-    sizes = {size: donor[size] for size in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")}
+    sizes = {size: donor[size] for size in SIZES}
     if config.block_size > donor["block_size"]:
         raise UserError(f"block_size={config.block_size}: the weights have {donor['block_size']} positions; take at most that")
     weights = {k: v[: config.block_size] if k.endswith(("wpe.weight", "vpe.weight")) else v for k, v in weights.items()}
@@ -247,6 +268,13 @@ def donated(cfg, config, tokenizer):
             f"{cfg.init_from} is of the tokenizer {theirs}, the text of {tokenizer}: prepare the text with --tokenizer "
             f"{theirs}, or teach the model other tokens with --any_tokenizer"
         )
+    sizes = [
+        f"{size}={getattr(cfg, size)}, not {donor[size]}"
+        for size in SIZES
+        if size in cfg.given and getattr(cfg, size) != donor[size]
+    ]
+    if sizes:
+        raise UserError(f"{cfg.init_from} has its own sizes, and the command line has {'; '.join(sizes)}: leave them out")
     return surgery(config, donor, weights)
 
 

@@ -20,11 +20,14 @@ from guard import UserError
 
 
 def parse(cls, arguments):
-    """An instance of the dataclass cls. Raises UserError naming every unknown key, wrong type and refused value."""
+    """
+    An instance of the dataclass cls, with `given`, the names of the knobs that stand on the command line. Raises UserError
+    naming every unknown key, wrong type and refused value.
+    """
     if "-h" in arguments or "--help" in arguments:
         print(help_text(cls))
         sys.exit(0)
-    types_, values, problems = typing.get_type_hints(cls), {}, []
+    types_, values, problems, given = typing.get_type_hints(cls), {}, [], set()
 
     def assign(key, value, where):
         if key not in types_:
@@ -42,6 +45,7 @@ def parse(cls, arguments):
             equals, value = "=", "True"
         if argument.startswith("--") and equals:
             assign(key, value, "command line")
+            given.add(key)
         elif argument.endswith(".toml"):
             for key, value in read_toml(argument).items():
                 assign(key, value, argument)
@@ -54,6 +58,7 @@ def parse(cls, arguments):
     if problems:
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise UserError("\n".join([problem[:600] for problem in problems[:20]] + more))
+    config.given = given
     return config
 
 

@@ -19,6 +19,7 @@ from files import replacing, sha256
 from guard import UserError
 
 SHARD = dict(file=str, tokens=int, sha256=str)  # what meta.json says of a shard
+ORDER = 2  # of the windows in training: counts the ways in which Split has drawn them; the first never read a text's end
 SAMPLE = 1 << 28  # bytes of shards that are read through before a run
 
 
@@ -127,8 +128,9 @@ class Split:
     One split of a data set, memory-mapped, read as windows of block_size + 1 tokens: inputs and, one further, targets.
 
     The training order is a pure function of the seed. Sample i belongs to epoch i // n; each epoch cuts the text at a
-    fresh offset into n windows that don't overlap and visits them in a fresh permutation. Nothing is carried from
-    call to call, so a resumed run reads on where it stopped, whatever the number of processes.
+    fresh offset into n windows that don't overlap and visits them in a fresh permutation. Every offset that leaves room for
+    the windows comes up, so every token is read in some epoch. Nothing is carried from call to call, so a resumed run reads
+    on where it stopped, whatever the number of processes.
     """
 
     def __init__(self, folder, split, block_size, seed=0):
@@ -165,7 +167,7 @@ class Split:
         epoch, i = divmod(i, n)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.offset = epoch, rng.integers(min(self.block_size, len(self) - n * self.block_size))
+            self.epoch, self.offset = epoch, rng.integers(len(self) - n * self.block_size)
             self.order = rng.permutation(n)
         return int(self.offset + self.order[i] * self.block_size)
 

@@ -61,7 +61,7 @@ def memory_gb(kind):
     """The most memory that this process has held at once, in GB: of the card if the kind is cuda, otherwise of the host."""
     if kind == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def peak_flops(kind):

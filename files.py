@@ -1,8 +1,12 @@
-"""Files that appear whole or not at all, and what identifies their contents."""
+"""Files that appear whole or not at all, what identifies their contents, and folders that one process holds alone."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import time
+
+from guard import UserError
 
 
 @contextlib.contextmanager
@@ -32,3 +36,23 @@ def sha256(path):
     """Of the contents of the file at path, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """
+    Hold the folder alone for as long as this lasts; the system lets go of it when the process ends, however it ends. Raises
+    UserError with the process that holds it.
+    """
+    with open(os.path.join(folder, "lock"), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by {file.read() or 'another process'}: wait for its end, or choose another --out_dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield

@@ -29,10 +29,13 @@ def cli(main):
 @contextlib.contextmanager
 def stop_signals():
     """
-    While this lasts, SIGTERM, SIGINT and SIGUSR1 only add to the list that it yields, and a second one ends the process at
-    once, whatever it is doing. What comes within a second is one signal: torchrun repeats those of a terminal.
+    While this lasts, SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a connection that dropped) only add to the list that it yields, and a
+    second one ends the process at once, whatever it is doing. What comes within a second is one signal: torchrun repeats those
+    of a terminal. nohup's SIGHUP stays ignored.
     """
-    numbers, caught, (reader, writer) = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), [], os.pipe()
+    numbers, caught, (reader, writer) = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], [], os.pipe()
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     os.set_blocking(writer, False)
 
     def watch():  # a thread, since Python handles no signal while its main thread waits for others or for the device
@@ -42,7 +45,8 @@ def stop_signals():
                 continue
             if first is None:
                 first = time.monotonic()
-                os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+                with contextlib.suppress(OSError):  # the terminal may be what is gone
+                    os.write(2, b"\nstopping after this step; a second signal stops at once\n")
             elif time.monotonic() - first > 1:
                 os._exit(128 + number[0])
         os.close(reader)

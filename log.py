@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import json
-import math
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from dataclasses import asdict, fields
 from tqdm import tqdm
 
 import device
-from files import replacing
+from files import lock, replacing
 from guard import UserError
 from model import GPTConfig, Scalar
 
@@ -20,8 +19,30 @@ from model import GPTConfig, Scalar
 def say(text):
     """A line on standard output, beside a progress bar; of several processes only the first speaks."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
-        sys.stdout.flush()
+        with going_on():
+            tqdm.write(text)
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def going_on():
+    """If a terminal or a pipe that this block writes to is gone, go on without output."""
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):
+            os.dup2(nowhere, output)
+
+
+def last_step(path):
+    """The last step that a metrics.jsonl tells of; -1 if it tells of none."""
+    step = -1
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                step = max(step, json.loads(line)["step"])
+    return step
 
 
 def open_metrics(path, step):
@@ -47,34 +68,49 @@ def system(config):
 
 class Log:
     """
-    The reports of a run from step run.step on; run is a checkpoint.Progress. Only the master process writes. Raises UserError
-    if the folder cannot be written or the tracker is not installed.
+    The reports of a run from step run.step on; run is a checkpoint.Progress. Only the master process writes, and an evaluation
+    alone writes nothing. To be used in a with statement, during which no other run may write to the same out_dir. Raises
+    UserError if one does, if the folder cannot be written, if it holds a longer run, or if the tracker is not installed.
     """
 
     def __init__(self, cfg, run, machine, model):
         self.cfg, self.run, self.machine, self.flops_per_token = cfg, run, machine, device.flops_per_token(model)
         self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+        self.path, self.began = os.path.join(cfg.out_dir, "metrics.jsonl"), time.time()
+        self.writing = machine.master and not cfg.eval_only
+        self.lines, self.metrics, self.tracker, self.held = [], None, None, contextlib.ExitStack()
         shown = machine.master and os.isatty(1)
         self.bar = tqdm(total=cfg.max_iters, initial=run.step, unit="step", disable=not shown, dynamic_ncols=True)
-        self.metrics = self.tracker = None
-        if machine.master:
-            try:
-                os.makedirs(cfg.out_dir, exist_ok=True)
-                path = os.path.join(cfg.out_dir, "metrics.jsonl")
-                self.metrics = open_metrics(path, math.inf if cfg.eval_only else run.step)
-            except OSError as error:
-                raise UserError(f"cannot write to out_dir={cfg.out_dir}: {error.strerror}; choose another --out_dir") from None
-            if cfg.logger:
-                try:
-                    self.tracker = importlib.import_module(cfg.logger)
-                except ImportError:
-                    raise UserError(f"logger={cfg.logger} is not installed: pip install {cfg.logger}") from None
-                self.tracker.init(project="nanodescent", name=cfg.out_dir, config=asdict(cfg))
+        if self.writing:
+            with contextlib.ExitStack() as held:  # let go of the folder if one of these fails
+                self.begin_writing(held)
+                self.held = held.pop_all()
         counts = model.count_parameters()
         parts = ", ".join(f"{name} {n:,}" for name, n in counts.items())
         say(f"{system(asdict(model.config))}: {sum(counts.values()):,} parameters ({parts}), "
             f"{self.tokens_per_step:,} tokens per step, {machine.device} {machine.dtype}, "
             f"{machine.world} process(es)")  # fmt: skip
+
+    def begin_writing(self, held):
+        """Take the folder, and look at what it holds."""
+        cfg = self.cfg
+        try:
+            os.makedirs(cfg.out_dir, exist_ok=True)
+            held.enter_context(lock(cfg.out_dir))
+            there = last_step(self.path)
+        except OSError as error:
+            raise UserError(f"cannot write to out_dir={cfg.out_dir}: {error.strerror}; choose another --out_dir") from None
+        if cfg.init_from != "resume" and there > cfg.max_iters and not cfg.overwrite:
+            raise UserError(
+                f"out_dir={cfg.out_dir} holds a run of {there} steps, this one has {cfg.max_iters}: go on with it by "
+                "--init_from=resume, choose another --out_dir, or replace it with --overwrite"
+            )
+        if cfg.logger:
+            try:
+                self.tracker = importlib.import_module(cfg.logger)
+            except ImportError:
+                raise UserError(f"logger={cfg.logger} is not installed: pip install {cfg.logger}") from None
+            self.tracker.init(project="nanodescent", name=cfg.out_dir, config=asdict(cfg))
 
     def begin(self):
         """The first step starts now."""
@@ -89,14 +125,35 @@ class Log:
         """Since the run began, in all the parts of it that were resumed."""
         return time.time() - self.began
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.metrics:
+            self.metrics.close()
+        self.held.close()
+        with going_on():
+            self.bar.close()
+
     def write(self, **record):
         """A line of metrics.jsonl, and the same to the tracker."""
-        if self.metrics:
+        if self.writing:
             record |= dict(seconds=self.seconds())
-            self.metrics.write(json.dumps(record) + "\n")
-            self.metrics.flush()
+            self.lines.append(json.dumps(record) + "\n")
+            if self.metrics:
+                self.flush()
         if self.tracker:
             self.tracker.log(record, step=record["step"])
+
+    def flush(self):
+        """
+        Bring what was written to metrics.jsonl. The first time, the file of an earlier run is replaced or cut to where this run
+        begins. So a run that does not get as far as its first step, or its first checkpoint, leaves it alone.
+        """
+        self.metrics = self.metrics or open_metrics(self.path, self.run.step)
+        self.metrics.writelines(self.lines)
+        self.metrics.flush()
+        self.lines.clear()
 
     def evaluated(self, step, loss, bits, model):
         """An evaluation of the model after `step` training steps; bits: its loss in bits per byte."""
@@ -106,25 +163,26 @@ class Log:
 
     def trained(self, step, loss, rate, norm):
         """A training step: its loss, its rate and the norm of its gradient."""
-        self.bar.update()
-        if step % self.cfg.log_interval:
-            return
-        since, first = self.clock
-        speed = (step + 1 - first) * self.tokens_per_step / (time.time() - since)
-        self.restart_clock(step + 1)
-        used = dict(tokens_per_second=speed, memory_gb=device.memory_gb(self.machine.kind))
-        if self.machine.dtype != "float32" and (peak := device.peak_flops(self.machine.kind)):
-            used |= dict(mfu=speed * self.flops_per_token / (peak * self.machine.world))
-        self.write(step=step, tokens=(step + 1) * self.tokens_per_step, train_loss=loss, lr=rate, grad_norm=norm, **used)
-        say(f"step {step:6d}: loss {loss:.4f}, {speed:,.0f} tokens/s")
+        with going_on():
+            self.bar.update()
+        if step % self.cfg.log_interval == 0:
+            since, first = self.clock
+            speed = (step + 1 - first) * self.tokens_per_step / (time.time() - since)
+            self.restart_clock(step + 1)
+            used = dict(tokens_per_second=speed, memory_gb=device.memory_gb(self.machine.kind))
+            if self.machine.dtype != "float32" and (peak := device.peak_flops(self.machine.kind)):
+                used |= dict(mfu=speed * self.flops_per_token / (peak * self.machine.world))
+            self.write(step=step, tokens=(step + 1) * self.tokens_per_step, train_loss=loss, lr=rate, grad_norm=norm, **used)
+            say(f"step {step:6d}: loss {loss:.4f}, {speed:,.0f} tokens/s")
+        if self.writing and self.lines:
+            self.flush()
 
     def sync(self):
         """Bring metrics.jsonl to the disk, so that it reaches as far as the checkpoint that is written next."""
+        self.flush()
         os.fsync(self.metrics)
 
-    def close(self):
-        self.bar.close()
-        if self.metrics:
-            self.metrics.close()
+    def finish(self):
+        """The run has come to its end."""
         if self.tracker:
             self.tracker.finish()

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import guard
 from configurator import parse
-from data import Split, fingerprint, verify
+from data import ORDER, Split, fingerprint, verify
 from device import keep_memory, pick_device, short_dtype
 from guard import UserError, cli
 from log import Log, say
@@ -41,6 +41,7 @@ class Config(GPTConfig):
     out_dir: str = "out"  # folder of the checkpoints and metrics
     any_tokenizer: bool = False  # start from weights of another tokenizer than the data's, whose tokens mean other things
     init_from: str = "scratch"  # scratch; resume: out_dir/ckpt.pt; X.pt: the weights of another run; gpt2, gpt2-medium, ...
+    overwrite: bool = False  # start anew where out_dir holds a run of more steps
     dataset: str = "openwebtext"  # folder below data/
     data_dir: str = "data"  # folder that holds the data sets
     seed: int = 1337  # of the initial weights, the order of the data and dropout
@@ -75,17 +76,18 @@ class Config(GPTConfig):
     timeout: int = 600  # seconds that a process waits for the others before it gives up
 
     def problems(self):
-        return [*super().problems(), *outside(self, RANGES)]
+        rising = f"min_lr={self.min_lr} must not exceed learning_rate={self.learning_rate}: the rate would rise"
+        early = f"lr_decay_iters={self.lr_decay_iters} must come after warmup_iters={self.warmup_iters}"
+        wrong = {rising: self.min_lr > self.learning_rate, early: (self.lr_decay_iters or math.inf) <= self.warmup_iters}
+        return [*super().problems(), *outside(self, RANGES), *(why for why, is_so in wrong.items() if self.decay_lr and is_so)]
 
 
+COUNTS = "eval_interval eval_iters log_interval batch_size gradient_accumulation_steps timeout lr_decay_iters"
 RANGES = {
-    "must be at least 1": (
-        lambda n: 1 <= n < math.inf,
-        "eval_interval eval_iters log_interval batch_size gradient_accumulation_steps timeout",
-    ),
+    "must be at least 1": (lambda n: 1 <= n < math.inf, COUNTS),
     "must be at least 0": (lambda n: 0 <= n < math.inf, "max_iters warmup_iters weight_decay grad_clip min_lr"),
     "must lie in [0, 1)": (lambda n: 0 <= n < 1, "beta1 beta2"),
-    "must be positive": (lambda n: 0 < n < math.inf, "learning_rate"),
+    "must be positive and finite": (lambda n: 0 < n < math.inf, "learning_rate scalar_learning_rate"),
     "must lie between 0 and 4294967295": (lambda n: 0 <= n < 1 << 32, "seed"),
 }
 
@@ -124,8 +126,8 @@ def learning_rate(step, cfg):
     if not cfg.decay_lr:
         return cfg.learning_rate
     if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    decay_iters = cfg.lr_decay_iters or cfg.max_iters
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
     done = min(1, (step - cfg.warmup_iters) / max(1, decay_iters - cfg.warmup_iters))
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
 
@@ -147,10 +149,9 @@ class Machine:
         # processes: one, or several under torchrun
         environment = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1) | os.environ
         self.rank, local_rank, self.world = (int(environment[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        self.master = self.rank == 0
-        self.micro_steps, rest = divmod(cfg.gradient_accumulation_steps, self.world)
-        if rest:
-            steps = cfg.gradient_accumulation_steps
+        self.master, steps = self.rank == 0, cfg.gradient_accumulation_steps
+        self.micro_steps = steps // self.world
+        if steps % self.world:
             raise UserError(f"gradient_accumulation_steps={steps} must be a multiple of the {self.world} processes")
         if self.world > 1 and cfg.device.startswith("cuda:"):
             raise UserError(f"device={cfg.device} would put all {self.world} processes on one card: take --device=cuda")
@@ -250,17 +251,11 @@ def start(cfg, machine, meta, made_with):
     latest = os.path.join(cfg.out_dir, "ckpt.pt")
     config = model_config(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
     run, state, weights = checkpoint.Progress(), None, None
+    if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
+        say(f"warmup_iters={cfg.warmup_iters} does not end before max_iters={cfg.max_iters}: the rate only rises")
     if cfg.init_from == "resume":
-        state = checkpoint.load(latest)
-        with checkpoint.fitting(latest):
-            differs = checkpoint.differences(state, cfg, fingerprint(meta))
-            config, weights, run = GPTConfig(**state["model_config"]), state["model"], checkpoint.Progress.of(state)
-            changed = [f"{k} {v}, now {made_with[k]}" for k, v in state["made_with"].items() if v != made_with[k]]
-        if differs:
-            raise UserError(f"{latest} has {'; '.join(differs)}: resume with the run's own configuration and data")
-        if not 0 <= run.step <= cfg.max_iters:
-            raise UserError(f"{latest} is of step {run.step}, max_iters={cfg.max_iters} ends before: raise max_iters")
-        say(f"resuming at step {run.step}" + (f"; begun with {'; '.join(changed)}" if changed else ""))
+        state, config, run = checkpoint.resumed(latest, cfg, fingerprint(meta), made_with)
+        weights = state["model"]
     elif cfg.init_from != "scratch":
         config, weights = checkpoint.donated(cfg, config, meta["tokenizer"])
     if config.vocab_size < meta["vocab_size"]:
@@ -293,13 +288,16 @@ def evaluate(model, data, machine, signals):
     return total / count, stopping
 
 
-def train(cfg, signals=()):
-    """One run, from its configuration to its last checkpoint. Once there is something in signals, it stops after the step."""
+def train(cfg, signals, until_end):
+    """
+    One run, from its configuration to its last checkpoint. Once there is something in signals, it stops after the step. What it
+    holds is let go by until_end, an ExitStack.
+    """
     machine = Machine(cfg)
     data = Data(cfg, machine)
     made_with = checkpoint.made_with(machine.device)
     model, opts, run = start(cfg, machine, data.meta, made_with)
-    log, latest = Log(cfg, run, machine, model), os.path.join(cfg.out_dir, "ckpt.pt")
+    log, latest = until_end.enter_context(Log(cfg, run, machine, model)), os.path.join(cfg.out_dir, "ckpt.pt")
     running = machine.prepare(model, data, cfg.compile)
     resumed_at = saved = run.step or None
 
@@ -315,13 +313,13 @@ def train(cfg, signals=()):
             config=asdict(cfg),
             tokenizer=data.meta["tokenizer"],
             data=fingerprint(data.meta),
+            order=ORDER,
             made_with=made_with,
         )
         checkpoint.save(cfg.out_dir, state, best)
 
     def give_up(what):
         log.write(step=run.step, stopped=what)
-        log.bar.close()
         kept = "there is no checkpoint yet" if saved is None else f"{latest} is as it was after {saved} steps"
         raise UserError(
             f"step {run.step}: {what}: stopped before the update. {kept}: "
@@ -387,15 +385,15 @@ def train(cfg, signals=()):
         # the log
         log.trained(step, loss, rate, norm)
 
-    log.close()
+    log.finish()
     if machine.world > 1:
         dist.destroy_process_group()
 
 
 def main(arguments):
     cfg = parse(Config, arguments)
-    with guard.plain_errors(cfg), guard.stop_signals() as signals:
-        train(cfg, signals)
+    with guard.plain_errors(cfg), guard.stop_signals() as signals, contextlib.ExitStack() as until_end:
+        train(cfg, signals, until_end)
 
 
 if __name__ == "__main__":

@@ -375,6 +375,15 @@ def test_an_epoch_visits_every_window_once(counting):
         assert len({starts.min() for starts in epochs}) > 1
 
 
+@pytest.mark.parametrize("block_size", [10, 64, 400, 501, 1000])
+def test_every_token_is_read_in_some_epoch(counting, block_size):
+    """The end of the text too, however much of it is left over, as an input or, of the last token, a target."""
+    split = Split(counting, "train", block_size, seed=1)
+    n = max(1, 1002 // block_size - 1)
+    x, y = split.batch(range(400 * n))
+    assert set(x.flat) | set(y.flat) == set(range(1003))
+
+
 def test_the_order_is_a_function_of_the_seed(counting):
     """A fresh object that is asked in another sequence returns the same samples; another seed does not."""
     there, back = range(3 * EPOCH), range(3 * EPOCH)[::-1]

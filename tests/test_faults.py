@@ -202,9 +202,9 @@ def test_killed_fifty_times(data, tmp_path):
 # asked to stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_ends_the_step_and_saves(data, whole, tmp_path, monkeypatch, capsys, number):
-    """SIGTERM, SIGINT and SIGUSR1 end the run after its step with a checkpoint, and a resumed run is the uninterrupted one."""
+    """The run ends after its step with a checkpoint, and resumed it becomes the uninterrupted one."""
     rate = train.learning_rate
 
     def interrupted(step, cfg):
@@ -242,6 +242,32 @@ def test_a_signal_from_outside_and_a_second_one(data, tmp_path):
     assert hangs.poll() is None
     hangs.send_signal(signal.SIGTERM)
     assert hangs.wait(180) == 128 + signal.SIGTERM and "stopping after this step" in hangs.stderr.read()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(data, tmp_path):
+    """Standard output and error closed by whoever reads them, as by | head or a dropped connection."""
+    process = subprocess.Popen([sys.executable, "train.py", *flags(data, tmp_path, max_iters=40, eval_interval=40)], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    started.append(process)
+    process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(180) == 0 and checkpoint.load(tmp_path / "ckpt.pt")["step"] == 40
+
+
+def test_two_runs_never_share_a_folder(data, tmp_path):
+    """The second is refused with the first's process and start, and goes on once that is killed; an evaluation may look."""
+    knobs = STEPS | dict(max_iters=9_000, eval_interval=9_000)
+    first = start(*flags(data, tmp_path, **knobs))
+    wait_for_lines(tmp_path, 5, first)
+    for init_from in ("scratch", "resume"):
+        with pytest.raises(UserError, match=rf"in use by process {first.pid}, started 20\d\d-"):
+            fit(data, tmp_path, **knobs | dict(init_from=init_from))
+    train.main(flags(data, tmp_path, **knobs | dict(init_from="resume", eval_only=True)))
+    first.kill()
+    first.wait()
+    fit(data, tmp_path, **knobs | dict(init_from="resume", max_iters=3))
+    fit(data, tmp_path, **knobs | dict(max_iters=3))  # nor does a run that ended hold it
 
 
 @pytest.mark.slow
@@ -610,7 +636,7 @@ def test_disk_full(data, whole, tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert kept == {path: path.read_bytes() for path in tmp_path.glob("*.pt")} and len(kept) == 3
-        assert len(list(tmp_path.iterdir())) == 4
+        assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "ckpt_prev.pt", "best.pt", "metrics.jsonl", "lock"}
     assert_same_run(tmp_path, data, whole)
 
 

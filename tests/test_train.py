@@ -1,6 +1,5 @@
 """What a run of train.py and sample.py promises, with tiny models."""
 
-import json
 import math
 import os
 import random
@@ -89,16 +88,62 @@ def test_two_processes_take_the_steps_of_one(data, tmp_path):
         assert other["best_loss"] == pytest.approx(one["best_loss"], rel=1e-5)
 
 
-def test_eval_only(data, trained, tmp_path):
-    """Of a resumed run and of another's weights: one line, the loss that they had, and no checkpoint written."""
+@pytest.mark.parametrize("init_from", ["resume", "ckpt.pt", "scratch"])
+def test_an_evaluation_only_reads(data, trained, tmp_path, capsys, init_from):
+    """It says the loss that the weights had, in a folder that cannot be written, and nothing in there changes."""
     donor = checkpoint.load(trained / "ckpt.pt")
     shutil.copytree(trained, tmp_path / "run")
-    for out_dir, init_from in ((tmp_path / "run", "resume"), (tmp_path / "new", trained / "ckpt.pt")):
-        train.main(flags(data, out_dir, init_from=init_from, n_embd=32, dropout=0, eval_only=True))
-        last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
-        assert last["val_loss"] == pytest.approx(donor["best_loss"], rel=1e-3)
-    assert not (tmp_path / "new" / "ckpt.pt").exists()
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 63  # the run's own and one more
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "run").chmod(0o500)
+    start = tmp_path / "run" / init_from if init_from == "ckpt.pt" else init_from
+    train.main(flags(data, tmp_path / "run", init_from=start, n_embd=32, dropout=0, eval_only=True))
+    loss = float(re.search(r"validation loss ([\d.]+)", capsys.readouterr().out)[1])
+    assert (loss == pytest.approx(donor["best_loss"], rel=1e-3)) == (init_from != "scratch")
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_metrics_outlive_a_run_that_does_not_start(data, trained, tmp_path, monkeypatch):
+    """From scratch, in the folder of an earlier run: no tracker, no memory, a loss that is not finite."""
+    shutil.copytree(trained, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    knobs = dict(max_iters=60, n_embd=32)
+    with pytest.raises(UserError, match="pip install wandb"):
+        fit(data, tmp_path / "run", logger="wandb", **knobs)
+
+    def out_of_memory(*_, **__):
+        raise MemoryError
+
+    for name, forward in (
+        ("out of memory", out_of_memory),
+        ("validation loss is nan", lambda *_: (None, torch.tensor(math.nan))),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("device.flops_per_token", lambda model: 1.0)
+            patch.setattr(GPT, "forward", forward)
+            with pytest.raises(UserError, match=name):
+                fit(data, tmp_path / "run", **knobs)
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_longer_run_is_not_replaced_unasked(data, trained, tmp_path):
+    """A run from scratch, or from other weights, says what is there; --overwrite replaces it."""
+    shutil.copytree(trained, tmp_path / "run")
+    for init_from in ("scratch", trained / "ckpt.pt"):
+        with pytest.raises(UserError, match="holds a run of 60 steps, this one has 5: .*--overwrite"):
+            fit(data, tmp_path / "run", max_iters=5, n_embd=32, init_from=init_from)
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["step"] == 60
+    state, metrics = fit(data, tmp_path / "run", max_iters=5, n_embd=32, overwrite=True)
+    assert state["step"] == metrics[-1]["step"] == 5
+
+
+def test_sizes_that_the_weights_do_not_have_are_refused(data, trained, tmp_path):
+    """Where they stand on the command line; those of a file give way."""
+    with pytest.raises(UserError, match="n_layer=6, not 2; n_embd=16, not 32: leave them out"):
+        fit(data, tmp_path / "out", init_from=trained / "ckpt.pt", n_layer=6)
+    (tmp_path / "sizes.toml").write_text("n_layer = 6\nn_head = 2\nn_embd = 16\n")
+    arguments = [f for f in flags(data, tmp_path / "out", init_from=trained / "ckpt.pt", max_iters=1) if "n_" not in f]
+    train.main([str(tmp_path / "sizes.toml"), *arguments])
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["model_config"]["n_layer"] == 2
 
 
 def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys):
@@ -133,12 +178,32 @@ def test_optimizer_groups_cover_every_parameter_once():
 
 
 def test_learning_rate_schedule():
-    """Linear warm-up, a cosine down to min_lr, and then min_lr; or a constant."""
+    """nanoGPT's: linear warm-up, a cosine down to min_lr, and then min_lr; or a constant."""
     cfg = parse(train.Config, ["--warmup_iters=10", "--max_iters=110", "--learning_rate=1", "--min_lr=0.1"])
     rates = [train.learning_rate(step, cfg) for step in range(130)]
-    assert rates[0] == 0.1 and rates[9] == 1 and max(rates) == 1
+    assert rates[:11] == pytest.approx([(i + 1) / 11 for i in range(11)]) and max(rates) == rates[10] == 1
     assert rates[60] == pytest.approx(0.55) and all(rate == pytest.approx(0.1) for rate in rates[110:])
     assert {train.learning_rate(s, parse(train.Config, ["--decay_lr=False"])) for s in range(99)} == {6e-4}
+
+
+@pytest.mark.parametrize("knobs, words", [
+    ("--learning_rate=1e-5", "min_lr=6e-05 must not exceed learning_rate=1e-05"),
+    ("--lr_decay_iters=0", "lr_decay_iters=0 must be at least 1"),
+    ("--lr_decay_iters=-5", "lr_decay_iters=-5 must be at least 1"),
+    ("--lr_decay_iters=100 --warmup_iters=100", "lr_decay_iters=100 must come after warmup_iters=100"),
+    ("--scalar_learning_rate=-1", "scalar_learning_rate=-1.0 must be positive"),
+    ("--scalar_learning_rate=nan", "scalar_learning_rate=nan must be positive"),
+    ("--variant=HuberMHA --delta=inf", "delta=inf must be positive and finite"),
+])  # fmt: skip
+def test_schedules_that_make_no_sense_are_refused(knobs, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse(train.Config, knobs.split())
+    parse(train.Config, ["--decay_lr=False", "--learning_rate=1e-5"])  # a constant rate needs no min_lr
+
+
+def test_a_warm_up_that_does_not_end_is_said(data, tmp_path, capsys):
+    fit(data, tmp_path, max_iters=3)
+    assert capsys.readouterr().out.count("warmup_iters=3 does not end before max_iters=3") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +254,7 @@ def test_weights_of_another_tokenizer_are_refused(data, trained, tmp_path, gpt2_
         with pytest.raises(UserError, match=f"of the tokenizer {name}, the text of bytes: .* --tokenizer {name}"):
             fit(data, tmp_path / "out", init_from=donor, max_iters=1)
     assert not (tmp_path / "out").exists()
-    fit(data, tmp_path / "out", init_from=tmp_path / "ckpt.pt", max_iters=1, any_tokenizer=True)
+    fit(data, tmp_path / "out", init_from=tmp_path / "ckpt.pt", n_embd=32, max_iters=1, any_tokenizer=True)
 
 
 SURGEONS = {name: dict(variant=name) for name in ("MHA2nd1st", "LightMHA2nd1st", "MomenMHA", "NagMHA")}
@@ -222,10 +287,10 @@ def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path)
         (dict(block_size=64), "32 positions"),
     ):
         with pytest.raises(UserError, match=words):
-            fit(data, tmp_path, init_from=trained / "ckpt.pt", **choices)
+            fit(data, tmp_path, init_from=trained / "ckpt.pt", n_embd=32, **choices)
     fit(data, tmp_path / "nag", variant="NagMHA", max_iters=1)
     with pytest.raises(UserError, match="reversible=True divides by beta=0"):
-        fit(data, tmp_path, init_from=trained / "ckpt.pt", **REVERSIBLE)
+        fit(data, tmp_path, init_from=trained / "ckpt.pt", n_embd=32, **REVERSIBLE)
     with pytest.raises(UserError, match="NagMHA cannot become MHA .*momentum"):
         fit(data, tmp_path, init_from=tmp_path / "nag" / "ckpt.pt")
     again, metrics = fit(data, tmp_path / "again", variant="NagMHA", init_from=tmp_path / "nag" / "ckpt.pt", max_iters=1)
@@ -249,7 +314,7 @@ def test_a_checkpoint_of_nanogpt_loads(data, tmp_path, prefix):
     """Its names, compiled or distributed or neither, with a loss from numpy and an argument that only a descendant has."""
     ours = tiny(vocab_size=50304, n_embd=4)
     donor = nanogpts(tmp_path / "n.pt", ours, prefix, window="sliding")
-    knobs = dict(variant="NagMHA", any_tokenizer=True, max_iters=1, dtype="float32")
+    knobs = dict(variant="NagMHA", any_tokenizer=True, max_iters=1, dtype="float32", n_embd=4)
     _, metrics = fit(data, tmp_path, init_from=donor, **knobs)
     split = train.Split(data / "squares", "val", 32)
     x, y = map(torch.from_numpy, split.windows(split.fixed(8)))
