@@ -39,19 +39,17 @@ def sha256(path):
 
 
 @contextlib.contextmanager
-def lock(folder):
+def lock(folder, remedy):
     """
     Hold the folder alone for as long as this lasts; the system lets go of it when the process ends, however it ends. Raises
-    UserError with the process that holds it.
+    UserError with the process that holds it, and the remedy.
     """
     with open(os.path.join(folder, "lock"), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"{folder} is in use by {file.read() or 'another process'}: wait for its end, or choose another --out_dir"
-            ) from None
+            raise UserError(f"{folder} is in use by {file.read() or 'another process'}: {remedy}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk that takes nothing more
+
 
 class UserError(Exception):
     """Something that the user can put right; its text says what is wrong and what to do."""
@@ -24,6 +26,8 @@ def cli(main):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output is gone, as with | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -73,13 +77,12 @@ def plain_errors(cfg):
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         first = next(iter(str(error).splitlines()), "")
-        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in first:
             sizes = ", ".join(f"{k}={getattr(cfg, k)}" for k in ("gradient_accumulation_steps", "eval_iters"))
             text = (
                 f"out of memory: lower batch_size={cfg.batch_size} and raise {sizes} by the same factor, which trains the same"
             )
-        elif isinstance(error, OSError) and error.errno in disk:
+        elif isinstance(error, OSError) and error.errno in DISK:
             text = f"{first}: free some space or choose another --out_dir, and go on with --init_from=resume"
         elif isinstance(error, dist.DistError) or "gloo" in first or "NCCL" in first:
             text = (f"another process ended or did not answer within timeout={cfg.timeout} seconds ({first[:200]}): "

@@ -96,7 +96,7 @@ class Log:
         cfg = self.cfg
         try:
             os.makedirs(cfg.out_dir, exist_ok=True)
-            held.enter_context(lock(cfg.out_dir))
+            held.enter_context(lock(cfg.out_dir, "wait for its end, or choose another --out_dir"))
             there = last_step(self.path)
         except OSError as error:
             raise UserError(f"cannot write to out_dir={cfg.out_dir}: {error.strerror}; choose another --out_dir") from None

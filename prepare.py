@@ -4,16 +4,21 @@ Text -> token shards in data/NAME (the format is data.py's).
     python prepare.py                                                 pydoc: the reference text inside CPython, as bytes
     python prepare.py lis                                             prefix longest increasing subsequences, as bytes
     python prepare.py shakespeare --input ../texts/input.txt          any text files or folders of them
+    python prepare.py mine --input a.jsonl.gz --column body           rows of .jsonl, .csv or .parquet files, packed or not
     python prepare.py minipile                                        a hub data set: minipile, tinystories, openwebtext
     python prepare.py owner/name --tokenizer gpt2 --source DIR        any other one, here from a local copy
 
+Text files are UTF-8, or have a byte order mark, or --encoding says what they are; <|endoftext|> in them ends a document. The
+words train, val, valid, validation, dev and test in the name of a file choose its split, and test stays out.
+
 Worker processes tokenize batches of documents, and this one writes them to disk in their order; memory does not grow with the
-corpus, and the shards do not depend on the number of workers.
+corpus, and the shards do not depend on the number of workers. Old data of the same name stays until the new is complete.
 """
 
 import argparse
 import ast
 import bisect
+import codecs
 import collections
 import functools
 import itertools
@@ -23,8 +28,10 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import sysconfig
+import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -36,13 +43,16 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from data import Writer, get_tokenizer
-from files import replacing
-from guard import UserError, cli
+from data import Writer, get_tokenizer, read_meta
+from files import lock, replacing
+from guard import DISK, UserError, cli
 
 HUB = dict(minipile="JeanKaddour/minipile", tinystories="roneneldan/TinyStories", openwebtext="Skylion007/openwebtext")
 BATCH = 1 << 20  # characters or bytes of text that a worker has at once: enough that the way to it is little
-SPLITS = dict(train="train", val="val", valid="val", validation="val")  # a file's or a hub split's name -> ours
+# a word of a file's name, or a hub split's name -> our split; test text is never trained on
+SPLITS = dict(train="train", val="val", valid="val", validation="val", dev="val", test="test")
+TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # files of rows -> datasets' reader
+END = "<|endoftext|>"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sources: generators of documents or pieces of them, (split, text, whether a document ends here); hub() of batches of these
@@ -65,7 +75,7 @@ def pydoc(args):
         if text := "\n\n".join(filter(None, docstrings)):
             documents.append(f"{path.relative_to(library)}\n\n{text}\n".encode(errors="replace").decode())
     random.Random(args.seed).shuffle(documents)
-    yield from held_out(documents, every=10)
+    yield from held_out(documents, every(args.val_fraction or 0.1))
 
 
 def lis(args):
@@ -81,46 +91,124 @@ def lis(args):
             lengths.append(len(tails))
         return " ".join(map(str, digits)) + " = " + " ".join(map(str, lengths)) + "\n"
 
-    yield from held_out((line() for _ in range(args.documents)), every=20)
+    yield from held_out((line() for _ in range(args.documents)), every(args.val_fraction or 0.05))
+
+
+def input_files(given):
+    """
+    The files of --input and the split of each: train, val, test, or None where its name has no such word. In folders these are
+    .txt and .md files or, where there are none, files of rows. Prints them.
+    """
+    paths = []
+    for path in (Path(path).expanduser() for path in given):
+        if not path.exists():
+            raise UserError(f"--input {path} does not exist")
+        found = [path]
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+            found = [p for p in inside if kind(p) in (".txt", ".md")] or [p for p in inside if kind(p) in TABLES]
+        paths += found
+    if twice := [str(path) for path, n in collections.Counter(path.resolve() for path in paths).items() if n > 1]:
+        raise UserError(f"--input has {', '.join(twice)} more than once: the same text must not be in both splits")
+    splits = {}
+    for path in paths:
+        words = {SPLITS[word] for word in re.findall("[a-z]+", path.name.lower()) if word in SPLITS}
+        splits[path] = words.pop() if len(words) == 1 else None
+    if "val" in splits.values():  # then other files are for training, or stay out where one is called train
+        splits = {path: split or ("unused" if "train" in splits.values() else "train") for path, split in splits.items()}
+    shown = {None: "divided into train and val", "test": "left out, since it is for tests",
+             "unused": "left out, since neither train nor val is in its name"}  # fmt: skip
+    for path, split in list(splits.items())[:20]:
+        print(f"{path}: {shown.get(split, split)}")
+    if len(splits) > 20:
+        print(f"and {len(splits) - 20} files more")
+    return splits
+
+
+def kind(path):
+    """A file's last suffix in small letters, that of packing aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".bz2", ".xz", ".zst")]
+    return suffixes[-1] if suffixes else ""
 
 
 def text_files(args):
     """
-    Text files, or every .txt and .md below a folder. Files called train and val, valid or validation are those splits
-    and others are left out; otherwise the last tenth of all text is held out.
+    Text files, or every .txt and .md below a folder. Their names choose their splits. If no file is for validation, the end of
+    all training text is held out: the last tenth, or --val_fraction, from a line end on where there is one.
     """
-    paths = []
-    for path in map(Path, args.input):
-        if not path.exists():
-            raise UserError(f"--input {path} does not exist")
-        paths += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
-    named = {path: SPLITS[path.stem] for path in paths if path.stem in SPLITS}
-    sizes = {path: path.stat().st_size for path in paths}
-    room = 0.9 * sum(sizes.values())  # bytes that still go to the training split
-    for path in paths:
-        if set(named.values()) == {"train", "val"}:
-            parts = [(named[path], 0, sizes[path])] if path in named else []
-        else:
-            cut = line_end(path, int(min(max(room, 0), sizes[path])))
-            parts = [("train", 0, cut), ("val", cut, sizes[path])]
-            room -= sizes[path]
-        for split, start, stop in parts:
-            for text, ends in pieces(path, start, stop):
-                yield split, text, ends
+    splits = {path: split for path, split in args.files.items() if split not in ("test", "unused")}
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {as_utf8(path, args, scratch): (path, split) for path, split in splits.items()}
+        sizes = {file: file.stat().st_size for file in files}
+        divided = [file for file, (_, split) in files.items() if split is None or "val" not in splits.values()]
+        room = (1 - (args.val_fraction or 0.1)) * sum(sizes[file] for file in divided)  # bytes that still are for training
+        for file, (path, split) in files.items():
+            if file in divided:
+                cut = sizes[file] if room >= sizes[file] else cut_near(file, max(int(room), 0))
+                parts = [("train", 0, cut), ("val", cut, sizes[file])]
+                room -= sizes[file]
+            else:
+                parts = [(split, 0, sizes[file])]
+            for part, start, stop in parts:
+                for text, ends in pieces(file, start, stop, path):
+                    yield part, text, ends
 
 
-def line_end(path, position):
-    """The first byte of a line at or after position."""
+def as_utf8(path, args, scratch):
+    """A file that holds the text of path as UTF-8: path itself or, where it is something else, a copy in the folder scratch."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+            marks = dict(utf_32=codecs.BOM_UTF32_LE, utf_32_=codecs.BOM_UTF32_BE, utf_8_sig=codecs.BOM_UTF8,
+                         utf_16=codecs.BOM_UTF16_LE, utf_16_=codecs.BOM_UTF16_BE)  # fmt: skip
+            marked = next((name.rstrip("_") for name, mark in marks.items() if head.startswith(mark)), "utf-8")
+            encoding = codecs.lookup(args.encoding or marked).name
+            if encoding == "utf-8" and args.errors == "strict" and path.is_file():
+                return path
+            copy = Path(scratch) / str(len(os.listdir(scratch)))
+            decoder, done, replaced = codecs.getincrementaldecoder(encoding)(args.errors), 0, 0
+            with open(copy, "w", encoding="utf-8", newline="") as out:
+                for chunk in itertools.chain([head], iter(lambda: file.read(1 << 20), b""), [b""]):
+                    try:
+                        text = decoder.decode(chunk, final=not chunk)
+                    except UnicodeDecodeError as error:
+                        raise bad_byte(path, done + len(chunk) - len(error.object) + error.start, error) from None
+                    done += len(chunk)
+                    replaced += text.count("\ufffd")
+                    out.write(text)
+    except LookupError:
+        raise UserError(f"--encoding {args.encoding} is none that Python knows; try utf-8, latin-1, cp1252 or utf-16") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if replaced:
+        print(f"{path}: {replaced:,} characters that could not be read became \ufffd")
+    return copy
+
+
+def bad_byte(path, position, error):
+    """The UserError for a byte at this position of a file."""
+    return UserError(
+        f"{path} is not {error.encoding} text: byte {error.object[error.start]:#04x} at {position:,} ({error.reason}). If "
+        "it is text, give its --encoding, such as latin-1, or take --errors=replace"
+    )
+
+
+def cut_near(path, position):
+    """The first byte of a line at or after position or, if there is none but the end, of a character."""
     with open(path, "rb") as file:
         file.seek(max(position - 1, 0))
-        return position if position == 0 else position - 1 + len(file.readline())
+        line = position if position == 0 else position - 1 + len(file.readline())
+        if line < file.seek(0, os.SEEK_END):
+            return line
+        file.seek(position)
+        return position + len(re.match(rb"[\x80-\xbf]*", file.read(4))[0])
 
 
-def pieces(path, start, stop, size=1 << 14):
+def pieces(path, start, stop, name=None, size=1 << 14):
     """
-    The bytes of a file from start to stop as texts of about `size` bytes, each with whether it is the last. Cuts come
-    before a space that follows a printable character (its last byte is ASCII, or one in which no white space ends):
-    no pattern of tiktoken's reaches across.
+    The bytes of a UTF-8 file from start to stop as texts of about `size` bytes, each with whether it is the last. Cuts come
+    before a space that follows a printable character (its last byte is ASCII, or one in which no white space ends): no pattern
+    of tiktoken's reaches across. Raises UserError, with the name, for a byte that is not UTF-8.
     """
     with open(path, "rb") as file:
         while start < stop:
@@ -131,46 +219,72 @@ def pieces(path, start, stop, size=1 << 14):
                     block = cut[1]
                     break
                 block += file.read(min(len(block), stop - start - len(block)))  # doubling: linear time
+            try:
+                text = block.decode()
+            except UnicodeDecodeError as error:
+                raise bad_byte(name or path, start + error.start, error) from None
             start += len(block)
-            yield block.decode(errors="replace"), start == stop
+            yield text, start == stop
 
 
 def hub(args):
     """
-    Batches of documents of a data set of the hub, or of a local copy of one: its splits train and validation, or one document
-    in 2,000 held out.
+    Batches of documents, the rows of a data set of the hub, of a local copy of one, or of files of rows: its splits train and
+    validation, or those of --train and --val. If there is none for validation, one document in 2,000 is held out, or as many
+    as --val_fraction says, and at least one.
     """
-    if args.source and not Path(args.source).exists():
-        raise UserError(f"--source {args.source} does not exist")
     import datasets
 
-    name = args.source or HUB.get(args.name, args.name)
+    if args.source and not Path(args.source).expanduser().exists():
+        raise UserError(f"--source {args.source} does not exist")
+    name, files, ours = args.source or HUB.get(args.name, args.name), {}, SPLITS
+    if args.input:
+        found = {path: split for path, split in args.files.items() if split not in ("test", "unused")}
+        for path, split in found.items():
+            files.setdefault(split or "train", []).append(str(path))
+        if not found:
+            return
+        name = TABLES[kind(next(iter(found)))]
+    if args.train or args.val:
+        ours = dict.fromkeys(args.train or ["train"], "train") | dict.fromkeys(args.val, "val")
     try:
-        data = datasets.load_dataset(name, args.config, keep_in_memory=False)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        data = datasets.load_dataset(os.path.expanduser(name), args.config, data_files=files or None, keep_in_memory=False)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"cannot load the data set {name}: {' '.join(str(error).split())}; connect to the network, "
-            "give a local copy with --source DIR, or choose a configuration with --config"
+            f"cannot load the data set {args.name if args.input else name}: {' '.join(str(error).split())}; connect to the "
+            "network, give a local copy with --source DIR, or choose a configuration with --config"
         ) from None
-    if "text" not in data.column_names.get("train", ()):
-        raise UserError(f"{name} has no split train with a column text, only {data.column_names}")
-    has_val = any(SPLITS.get(split) == "val" for split in data)
-    for split in [split for split in data if split in SPLITS]:
+    used = {split: ours[split] for split in data if ours.get(split) in ("train", "val")}
+    missing = [split for split in (*args.train, *args.val) if split not in data]
+    if missing or "train" not in used.values():
+        raise UserError(f"{name} has the splits {', '.join(data)}: choose with --train and --val")
+    for split in used:
+        if data[split].info.builder_name == "text":
+            raise UserError(f"{name} holds plain text files, whose lines are no documents: give the folder as --input")
+        columns = [c for c, kind in data[split].features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+        if args.column not in columns:
+            raise UserError(
+                f"{name} has no column {args.column} of text in its split {split}, only {', '.join(columns) or 'others'}: "
+                "choose with --column"
+            )
+    rows = sum(len(data[split]) for split in used)
+    each = None if "val" in used.values() else min(every(args.val_fraction or 1 / 2000), max(rows, 2))
+    for split in used:
         before = 0  # rows in the files before this one
         for file in data[split].cache_files:
-            column = texts(file["filename"])
+            column = texts(file["filename"], args.column)
             size = 1 + BATCH * len(column) // max(1, column.nbytes)
             for first in range(0, len(column), size):
-                yield Rows(file["filename"], first, size, before + first, SPLITS[split] if has_val else None)
+                yield Rows(file["filename"], args.column, first, size, before + first, used[split], each)
             before += len(column)
 
 
 @functools.cache
-def texts(path):
-    """The column text of an Arrow file, memory-mapped."""
+def texts(path, column):
+    """A column of an Arrow file, memory-mapped."""
     import pyarrow
 
-    return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()["text"]
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()[column]
 
 
 @dataclass
@@ -178,16 +292,23 @@ class Rows:
     """A batch of documents that a worker reads itself, so that no text goes through a pipe."""
 
     path: str
+    column: str
     first: int
     size: int
     number: int  # of the first in its split
-    split: str | None  # None: one document in 2,000 is held out
+    split: str
+    every: int | None  # one document in so many is held out; None: none
 
     def __iter__(self):
-        documents = texts(self.path).slice(self.first, self.size).to_pylist()
-        if self.split is None:
-            return held_out(documents, 2000, self.number)
+        documents = texts(self.path, self.column).slice(self.first, self.size).to_pylist()
+        if self.every:
+            return held_out(documents, self.every, self.number)
         return ((self.split, text, True) for text in documents)
+
+
+def every(fraction):
+    """One document in how many is this fraction of them."""
+    return max(2, round(1 / fraction))
 
 
 def held_out(documents, every, start=0):
@@ -223,18 +344,38 @@ def start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode(tokenizer, dtype, batch):
-    """In a worker: for each split its tokens, as dtype, and its documents and bytes in this batch."""
+def encode(tokenizer, dtype, marks, batch):
+    """
+    In a worker: for each split its tokens, as dtype, and its documents, bytes and rows without text in this batch. marks: the
+    text of the end-of-text token is that token.
+    """
     encoding, done = get_tokenizer(tokenizer), collections.defaultdict(lambda: ([], collections.Counter()))
     end = np.array([encoding.eot_token])
     for split, text, ends in batch:
         tokens, count = done[split]
-        tokens.append(encoding.encode_to_numpy(text, disallowed_special=()))
+        if text is None:
+            count["without text"] += 1
+            continue
+        ids = encode_text(encoding, text, {END} if marks else set())
+        tokens.append(ids)
+        marked = np.count_nonzero(ids == encoding.eot_token) if marks else 0
+        ends = ends and not (marked and ids[-1] == encoding.eot_token)  # the file's own mark is its end
         if ends:
             tokens.append(end)
-        count["documents"] += ends
+        count["documents"] += int(marked) + ends
         count["bytes"] += len(text.encode())
-    return {split: (np.concatenate(tokens, dtype=dtype, casting="unsafe"), count) for split, (tokens, count) in done.items()}
+    return {split: (np.concatenate([end[:0], *t], dtype=dtype, casting="unsafe"), count) for split, (t, count) in done.items()}
+
+
+def encode_text(encoding, text, special, size=10_000):
+    """The tokens of a text. What tiktoken's patterns cannot bear, a million spaces, is taken in parts of `size` characters."""
+    try:
+        return encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError) or len(text) <= size:
+            raise
+    parts = [text[i : i + size] for i in range(0, len(text), size)]
+    return np.concatenate([encode_text(encoding, part, special, size) for part in parts])
 
 
 def in_order(pool, function, items, ahead):
@@ -254,83 +395,143 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="pydoc", help="pydoc, lis, a hub data set, or a name for --input")
-    parser.add_argument("--input", nargs="+", metavar="PATH", help="text files, or folders of .txt and .md files")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("name", nargs="?", help="pydoc (if nothing is given), lis, a hub data set, or a name for --input")
+    parser.add_argument("--input", nargs="+", action="extend", metavar="PATH", help="files, or folders of them")
     parser.add_argument("--source", metavar="DIR", help="a local copy of the hub data set, in the hub's layout")
     parser.add_argument("--config", help="the configuration of the hub data set, where it has several")
-    parser.add_argument("--tokenizer", help="bytes or a tiktoken name (default: gpt2 for hub data sets, else bytes)")
+    parser.add_argument("--column", default="text", help="the column of rows that holds the text")
+    parser.add_argument("--train", nargs="+", default=[], metavar="SPLIT", help="hub splits to train on (default: train)")
+    parser.add_argument("--val", nargs="+", default=[], metavar="SPLIT", help="hub splits to validate on (default: validation)")
+    parser.add_argument("--val_fraction", type=float, help="what is held out where no split or file is for it (default: 0.1 of "
+                        "text files, 0.0005 of rows)")  # fmt: skip
+    parser.add_argument("--encoding", help="of text files (default: UTF-8, or as a byte order mark says)")
+    parser.add_argument(
+        "--errors", choices=("strict", "replace"), default="strict", help="what to do with bytes that are no text"
+    )
+    parser.add_argument("--raw", action="store_true", help=f"keep {END} in text files as text")
+    parser.add_argument("--max_tokens", type=int, help="stop when the training split has this many")
+    parser.add_argument("--tokenizer", help="bytes or a tiktoken name (default: gpt2 for rows, else bytes)")
     parser.add_argument("--out", metavar="DIR", default="data", help="the folder that NAME/ goes into")
+    parser.add_argument("--overwrite", action="store_true", help="replace finished data of the same name made from other text")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenize")
     parser.add_argument("--shard_tokens", type=int, default=1 << 26, help="tokens in a shard")
     parser.add_argument("--documents", type=int, default=200_000, help="lines of lis")
     parser.add_argument("--seed", type=int, default=0, help="of lis, and of the order of pydoc's documents")
     args = parser.parse_args(arguments)
-    if min(args.workers, args.shard_tokens, args.documents) < 1:
-        parser.error("--workers, --shard_tokens and --documents must be at least 1")
+    if args.input and not args.name:
+        parser.error(f"give the data set a name: prepare.py NAME --input {' '.join(args.input)}")
+    args.name = args.name or "pydoc"
+    if min(args.workers, args.shard_tokens, args.documents, args.max_tokens or 1) < 1:
+        parser.error("--workers, --shard_tokens, --documents and --max_tokens must be at least 1")
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        parser.error(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     if args.source and (args.input or args.name in ("pydoc", "lis")):
         parser.error("--source is a copy of a hub data set: name that, as in minipile --source DIR")
     if Path(args.name).name in ("", ".."):
         parser.error(f"{args.name!r} names no folder below {args.out}")
+    if not args.input and not args.source and Path(args.name).is_file():
+        parser.error(f"{args.name} is a file: prepare.py NAME --input {args.name}")
+    args.out = os.path.expanduser(args.out)
     try:
         prepare(args)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise UserError(f"cannot prepare {args.name}: {error}; free some space or choose another --out") from None
+        advice = "free some space or choose another --out" if error.errno in (None, *DISK) else "choose another --out"
+        raise UserError(f"cannot prepare {args.name}: {error}; {advice}") from None
     except BrokenProcessPool:
         raise UserError(f"cannot prepare {args.name}: a worker was killed, for want of memory? Take fewer --workers") from None
 
 
+def finished(folder):
+    """The meta.json of the finished data in a folder; None if there is none."""
+    try:
+        return read_meta(folder)
+    except UserError:
+        return None
+
+
 def prepare(args):
-    """Write the shards and then meta.json."""
-    started = time.time()
-    source = text_files if args.input else dict(pydoc=pydoc, lis=lis).get(args.name)
-    tokenizer = args.tokenizer or ("bytes" if source else "gpt2")
+    """Write the shards and then meta.json beside what is there, and then put them in its place."""
+    started, args.files = time.time(), input_files(args.input) if args.input else {}
+    rows = {kind(path) in TABLES for path in args.files}
+    if len(rows) > 1:
+        raise UserError("--input has text files and files of rows: prepare them under two names")
+    source = text_files if rows == {False} else hub if rows or args.input else dict(pydoc=pydoc, lis=lis).get(args.name, hub)
+    tokenizer = args.tokenizer or ("gpt2" if source is hub else "bytes")
     encoding = get_tokenizer(tokenizer)
     dtype = np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32
-    folder = os.path.join(args.out, Path(args.name).name)
-    work = batches(source(args)) if source else hub(args)
-    first = next(work, None)  # a source that cannot be read or is empty fails here, before old shards go
+    folder = Path(args.out) / Path(args.name).name
+    made_of = args.source or args.input or HUB.get(args.name, args.name)
+    there = finished(folder)
+    if there and (there.get("source"), there["tokenizer"]) != (made_of, tokenizer) and not args.overwrite:
+        raise UserError(
+            f"{folder} holds {there.get('source')} in tokens of {there['tokenizer']}, and this is {made_of} in tokens of "
+            f"{tokenizer}: choose another name, or replace it with --overwrite"
+        )
+    work = hub(args) if source is hub else batches(source(args))
+    first = next(work, None)  # a source that cannot be read or is empty fails here, before any work
     if not first:
-        raise UserError(f"there is no text in {args.name}: give some, as .txt or .md where --input is a folder")
-    os.makedirs(folder, exist_ok=True)
-    for old in Path(folder).glob("meta.json"), Path(folder).glob("*.npy*"):  # meta.json first: from here on unfinished
-        for path in old:
-            path.unlink()
+        raise UserError(f"there is no text in {args.name}: give files, or folders of .txt, .md, .jsonl, .csv or .parquet")
+    partial = Path(f"{folder}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with lock(partial, "wait for its end, or choose another name"):
+        try:
+            meta = write_shards(args, tokenizer, encoding, dtype, partial, itertools.chain([first], work), source is text_files)
+            meta |= dict(name=args.name, source=made_of)
+            with replacing(partial / "meta.json") as file:
+                file.write(json.dumps(meta, indent=1).encode())
+            folder.mkdir(exist_ok=True)
+            for old in (*folder.glob("meta.json"), *folder.glob("*.npy*")):  # meta.json first: from here on it is unfinished
+                old.unlink()
+            for path in (*partial.glob("*.npy"), partial / "meta.json"):
+                path.rename(folder / path.name)
+        finally:
+            shutil.rmtree(partial)
+    seconds = time.time() - started
+    for split, shards in meta["shards"].items():
+        tokens = sum(shard["tokens"] for shard in shards)
+        print(f"{split}: {meta['documents'][split]:,} documents, {tokens:,} tokens, {len(shards)} shard(s)")
+    if missing := sum(meta["without text"].values()):
+        print(f"{missing:,} rows without text were left out")
+    size = sum(meta["bytes"].values())
+    print(f"{folder}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s")
 
+
+def write_shards(args, tokenizer, encoding, dtype, folder, work, marks):
+    """Tokenize the batches of work and write them to folder. Returns what meta.json says of them."""
     writers = {split: Writer(folder, split, dtype, args.shard_tokens) for split in ("train", "val")}
     counts = {split: collections.Counter() for split in writers}
+    room = args.max_tokens or float("inf")  # tokens that the training split still takes
+
+    def wanted():
+        return (batch for batch in work if room > 0 or (isinstance(batch, Rows) and batch.split == "val"))
+
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
     ahead = 16 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
-    progress = tqdm(unit="B", unit_scale=True, desc=folder, disable=None)
+    progress = tqdm(unit="B", unit_scale=True, desc=args.name, disable=None)
     with progress, ProcessPoolExecutor(args.workers, context, start_worker) as pool:
-        for done in in_order(pool, functools.partial(encode, tokenizer, dtype), itertools.chain([first], work), ahead):
+        for done in in_order(pool, functools.partial(encode, tokenizer, dtype, marks and not args.raw), wanted(), ahead):
             for split, (tokens, count) in done.items():
+                if split == "train":
+                    tokens, room = tokens[: int(min(room, len(tokens)))], room - len(tokens)
                 writers[split].add(tokens)
                 counts[split] += count
                 progress.update(count["bytes"])
     for split, writer in writers.items():
         writer.flush()
         if not writer.shards:
-            raise UserError(f"the {split} split of {args.name} is empty: give more text")
-    meta = dict(
-        name=args.name,
+            raise UserError(f"the {split} split of {args.name} is empty: give more text, or another --val_fraction")
+    return dict(
         tokenizer=tokenizer,
         vocab_size=encoding.n_vocab,
         end_of_text=encoding.eot_token,
         dtype=np.dtype(dtype).name,
-        source=args.source or args.input or HUB.get(args.name, args.name),
-        **{key: {split: counts[split][key] for split in writers} for key in ("documents", "bytes")},
+        **{key: {split: counts[split][key] for split in writers} for key in ("documents", "bytes", "without text")},
         shards={split: writer.shards for split, writer in writers.items()},
         versions=dict(python=platform.python_version(), numpy=np.__version__, tiktoken=tiktoken.__version__),
     )
-    with replacing(os.path.join(folder, "meta.json")) as file:
-        file.write(json.dumps(meta, indent=1).encode())
-    seconds = time.time() - started
-    for split, writer in writers.items():
-        tokens = sum(shard["tokens"] for shard in writer.shards)
-        print(f"{split}: {counts[split]['documents']:,} documents, {tokens:,} tokens, {len(writer.shards)} shard(s)")
-    size = sum(count["bytes"] for count in counts.values())
-    print(f"{folder}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s")
 
 
 if __name__ == "__main__":

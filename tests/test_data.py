@@ -109,7 +109,7 @@ def test_shards_depend_on_nothing_but_text_and_size(tmp_path):
             for split in ("train", "val"):
                 np.testing.assert_array_equal(tokens(one, split), tokens(two, split))
     assert sum(read_meta(one)["bytes"].values()) > 2 << 20  # several batches
-    source = list(prepare.lis(argparse.Namespace(seed=0, documents=60_000)))
+    source = list(prepare.lis(argparse.Namespace(seed=0, documents=60_000, val_fraction=None)))
     for split in ("train", "val"):
         assert documents(one, split) == [text for its, text, _ in source if its == split]
     assert hashes(one) == hashes(two)
@@ -141,12 +141,171 @@ def test_lis_lines_are_right(here):
 
 def test_files_named_after_splits_choose_them(here, tmp_path):
     """train and valid files anywhere in a folder become the splits, byte for byte; other files stay out."""
-    train, val = "Ünï <|endoftext|> \r\n\n\t日本語 🙂 ends without a newline", "\n\nheld out\n"
+    train, val = "Ünï <|endoftext|> \r\n\n\t日本語 🙂 ends without a newline", "\n\nheld out\n"  # with --raw
     (tmp_path / "texts" / "deep").mkdir(parents=True)
     for path, text in {"deep/train.txt": train, "valid.md": val, "notes.txt": "no", "train.csv": "no"}.items():
         (tmp_path / "texts" / path).write_bytes(text.encode())
-    folder = here("mine", "--input", tmp_path / "texts")
+    folder = here("mine", "--raw", "--input", tmp_path / "texts")
     assert (documents(folder, "train"), documents(folder, "val")) == ([train], [val])
+
+
+def test_test_text_is_never_trained_on(here, tmp_path, capsys):
+    """The words of a name choose its split, and what became of each file is said."""
+    names = {"a.train.txt": "train", "VALID-b.txt": "val", "my_test.md": "test", "latest.txt": "neither"}
+    for name, text in names.items():
+        (tmp_path / name).write_text(f"{text} text\n" * 9)
+    folder = here("mine", "--input", *(tmp_path / name for name in names))
+    assert (documents(folder, "train"), documents(folder, "val")) == (["train text\n" * 9], ["val text\n" * 9])
+    out = capsys.readouterr().out
+    for name, became in (
+        ("a.train.txt", "train"),
+        ("VALID-b.txt", "val"),
+        ("my_test.md", "left out"),
+        ("latest.txt", "left out"),
+    ):
+        assert f"{tmp_path / name}: {became}" in out
+    folder = here("other", "--input", tmp_path / "a.train.txt", tmp_path / "my_test.md")
+    assert set("".join(documents(folder, "train") + documents(folder, "val")).split()) == {"train", "text"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_other_encodings(here, tmp_path, encoding):
+    """Byte order marks are heeded, other encodings asked for; the shards are those of UTF-8."""
+    text = "Ümlaut é, naïve.\n" * 3000
+    (tmp_path / "input.txt").write_bytes(text.encode(encoding))
+    asked = ["--encoding", encoding] if encoding in ("latin-1", "utf-16-le") else []
+    folder = here("mine", "--input", tmp_path / "input.txt", *asked)
+    assert "".join(documents(folder, "train") + documents(folder, "val")) == text
+
+
+@pytest.mark.parametrize("content, byte, position", [
+    ("é".encode("latin-1") + b"a" * 99, "0xe9", "0"), (b"a" * 100_000 + b"\xff" + b"b " * 999, "0xff", "100,000"),
+    (b"\x1f\x8b\x08" + bytes(range(256)), "0x8b", "1"),
+])  # fmt: skip
+def test_what_is_not_utf_8_is_named(here, tmp_path, content, byte, position):
+    """With the file, the first bad byte, and the remedy, which works."""
+    (tmp_path / "input.txt").write_bytes(content)
+    with pytest.raises(
+        UserError, match=f"input.txt is not utf-8 text: byte {byte} at {position} .*--encoding.*--errors=replace"
+    ):
+        here("mine", "--input", tmp_path / "input.txt")
+    assert not (tmp_path / "mine").exists() and not (tmp_path / "mine.partial").exists()
+    folder = here("mine", "--input", tmp_path / "input.txt", "--errors=replace", "--val_fraction=0.4")
+    assert "\ufffd" in "".join(documents(folder, "train") + documents(folder, "val"))
+
+
+def test_end_of_text_in_a_file_ends_a_document(here, tmp_path):
+    """As in TinyStories' own files, also behind the last document; --raw keeps it as text."""
+    (tmp_path / "stories-train.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>")
+    (tmp_path / "stories-valid.txt").write_text("three\n<|endoftext|>\nfour\n")
+    folder = here("mine", "--input", tmp_path)
+    assert documents(folder, "train") == ["one\n", "\ntwo\n"] and documents(folder, "val") == ["three\n", "\nfour\n"]
+    assert read_meta(folder)["documents"] == dict(train=2, val=2)
+    folder = here("raw", "--raw", "--input", tmp_path)
+    assert documents(folder, "train") == ["one\n<|endoftext|>\ntwo\n<|endoftext|>"]
+
+
+def test_a_validation_split_is_found_without_a_line_end(here, tmp_path):
+    """The cut comes inside a line, between characters; --val_fraction says how much is held out."""
+    text = "é" * 1000
+    (tmp_path / "input.txt").write_text(text)
+    for fraction, held in ((None, 100), (0.5, 500)):
+        folder = here("mine", "--input", tmp_path / "input.txt", *([f"--val_fraction={fraction}"] if fraction else []))
+        (train,), (val,) = documents(folder, "train"), documents(folder, "val")
+        assert train + val == text and len(val) == held
+
+
+@needs("tiktoken_cache")
+def test_a_million_spaces(here, tmp_path):
+    """Which tiktoken's patterns cannot bear in one piece."""
+    text = "a" + " " * 1_000_000 + "b\n" + "c d\n" * 50_000
+    (tmp_path / "input.txt").write_text(text)
+    folder = here("mine", "--input", tmp_path / "input.txt", "--tokenizer=gpt2")
+    assert "".join(documents(folder, "train") + documents(folder, "val")) == text
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(dict(text=t)) + "\n" for t in (text, "short")))
+    assert documents(here("rows", "--input", rows), "train") == [text]
+
+
+def test_finished_data_is_not_replaced_unasked(here, tmp_path):
+    """By other text or other tokens of the same name; by the same text it is."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} line\n" * 100)
+    folder = here("mine", "--input", tmp_path / "a.txt")
+    (folder / "notes").write_text("mine")
+    with pytest.raises(UserError, match="mine holds .*a.txt.* in tokens of bytes, .*b.txt.*--overwrite"):
+        here("mine", "--input", tmp_path / "b.txt")
+    here("mine", "--input", tmp_path / "a.txt", "--val_fraction=0.5")
+    assert len(documents(folder, "val")[0]) == 350
+    here("mine", "--input", tmp_path / "b.txt", "--overwrite")
+    assert "b line" in documents(folder, "val")[0] and (folder / "notes").read_text() == "mine"
+
+
+def test_rows_of_files(here, tmp_path):
+    """JSON lines, packed or not, and tables: a column of them, without the rows that have no text, up to --max_tokens."""
+    import gzip
+
+    rows = [dict(id=i, body=None if i == 3 else f"row {i}") for i in range(10)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.csv").write_text("id,body\n" + "".join(f"{row['id']},{row['body'] or ''}\n" for row in rows))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.csv"):
+        folder = here(name[0], "--input", tmp_path / name, "--column=body", "--tokenizer=bytes", "--val_fraction=0.2")
+        texts = [[f"row {i}" for i in range(10) if i != 3 and (i % 5 == 4) == held] for held in (False, True)]
+        assert [documents(folder, "train"), documents(folder, "val")] == texts
+        assert read_meta(folder)["without text"] == dict(train=1, val=0)
+    folder = here(
+        "few", "--input", tmp_path / "a.jsonl", "--column=body", "--tokenizer=bytes", "--max_tokens=9", "--val_fraction=0.2"
+    )
+    assert len(tokens(folder, "train")) == 9 and documents(folder, "val") == ["row 4", "row 9"]
+    for column, words in (("text", "no column text of text in its split train, only body"), ("id", "no column id of text")):
+        with pytest.raises(UserError, match=words):
+            here("wrong", "--input", tmp_path / "a.jsonl", f"--column={column}", "--tokenizer=bytes")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--input", "{0}/a.txt"], "give the data set a name"),
+        (["mine", "--input", "{0}/a.txt", "{0}/a.txt"], "more than once"),
+        (["mine", "--input", "{0}/a.txt", "--input", "{0}"], "more than once"),
+        (["{0}/a.txt"], "is a file: prepare.py NAME --input"),
+        (["mine", "--source", "{0}"], "give the folder as --input"),
+        (["mine", "--input", "{0}/broken.txt"], "does not exist"),
+        (["mine", "--input", "{0}/empty"], "there is no text in mine"),
+        (["mine", "--input", "{0}/a.txt", "--encoding=x"], "--encoding x"),
+        (["mine", "--input", "{0}/a.txt", "--val_fraction=1"], "between 0 and 1"),
+        (["mine", "--input", "{0}/a.txt", "{0}/rows.csv"], "under two names"),
+        (["mine", "--inp", "{0}/a.txt"], "--help"),
+    ],
+)
+def test_inputs_that_cannot_be_meant_are_refused(here, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "empty").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a line\n" * 50)
+    (tmp_path / "in" / "folder.txt").mkdir()
+    (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
+    if "rows" in arguments[-1]:
+        (tmp_path / "in" / "rows.csv").write_text("text\na\n")
+    with pytest.raises(UserError, match=words):
+        prepare.main([*(a.format(tmp_path / "in") for a in arguments), f"--out={tmp_path}", "--tokenizer=bytes"])
+
+
+def test_a_folder_holds_more_than_its_texts(here, tmp_path):
+    """Suffixes in capitals count; folders with a text's name, broken links and pipes do no harm."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "A.TXT").write_text("a line\n" * 50)
+    (tmp_path / "in" / "folder.txt").mkdir()
+    (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
+    assert (
+        sum(len(text) for split in ("train", "val") for text in documents(here("mine", "--input", tmp_path / "in"), split))
+        == 350
+    )
+    done = shell("piped", "--input", "/dev/stdin", "--workers=1", cwd=tmp_path, input="a line\n" * 50)
+    assert done.returncode == 0, done.stderr
+    assert len(documents(tmp_path / "data" / "piped", "train")[0]) == 315
 
 
 def test_a_single_file_holds_out_its_last_tenth(here, tmp_path):
@@ -256,7 +415,7 @@ def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
         ("old --shard_tokens=0 --input=copy", ("--shard_tokens", "at least 1")),
         ("old --inputs=copy", ("--inputs", "--help")),
         ("--source=copy", ("--source", "minipile")),
-        ("old --input=copy", ("no text in old",)),
+        ("old --input=copy --tokenizer=bytes", ("column text", "body")),
         ("old/.. --input=copy", ("'old/..'", "folder below")),
         ("old --out=file --input=file", ("file", "--out")),
     ],
@@ -270,18 +429,18 @@ def test_errors_are_one_line_and_leave_the_old_data_alone(arguments, says, tmp_p
         (tmp_path / "data" / "old" / name).write_bytes(content)
     (tmp_path / "file").write_text("not a folder")
     done = shell(*arguments.split(), cwd=tmp_path, env=offline(tmp_path) | dict(TIKTOKEN_CACHE_DIR=str(tmp_path)))
-    assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and all(part in line for part in says), line
+    assert done.returncode == 1 and line.startswith("error: ") and all(part in line for part in says), line
     assert {p.name: p.read_bytes() for p in (tmp_path / "data" / "old").iterdir()} == old
 
 
-def test_a_killed_run_leaves_no_meta_and_is_repeated_exactly(here, tmp_path):
-    """Killed at its third shard, on top of an older data set: its worker ends, it is unfinished until repeated."""
+def test_a_killed_run_leaves_the_old_data_and_is_repeated_exactly(here, tmp_path):
+    """Killed at its third shard, over an older data set: its worker ends, the old data stays, and a new run replaces it."""
     command = ["lis", "--documents=1000", "--shard_tokens=10000"]
     expected = hashes(here(*command))
     folder = here(*command, "--seed=1")
-    assert hashes(folder) != expected
+    old = hashes(folder)
+    assert old != expected
     killing = (
         "import os, prepare, sys; flush = prepare.Writer.flush\n"
         "prepare.Writer.flush = lambda self: flush(self) if len(self.shards) < 2 else os.kill(os.getpid(), 9)\n"
@@ -292,10 +451,8 @@ def test_a_killed_run_leaves_no_meta_and_is_repeated_exactly(here, tmp_path):
         env=offline(tmp_path), capture_output=True, timeout=60,  # a worker that lives on keeps these pipes open
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sorted(os.listdir(folder)) == ["train_000.npy", "train_001.npy"]
-    with pytest.raises(UserError, match=r"run python prepare\.py lis, "):
-        Split(folder, "train", 8)
-    assert hashes(here(*command)) == expected
+    assert hashes(folder) == old and (tmp_path / "lis.partial" / "train_001.npy").exists()
+    assert hashes(here(*command)) == expected and not (tmp_path / "lis.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -318,14 +475,17 @@ def test_the_end_of_a_process_is_a_line_at_most(event, code, says, tmp_path):
     assert done.returncode == code and re.fullmatch(says, done.stderr), done.stderr
 
 
-def test_a_full_disk_is_one_line_and_no_meta(tmp_path):
-    """Here files may not grow beyond 10 kB."""
+def test_a_full_disk_is_one_line_and_the_old_data_stays(tmp_path):
+    """Here files may not grow beyond 10 kB; the data before stays."""
+    assert shell("lis", "--documents=100", "--workers=1", cwd=tmp_path).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data" / "lis").iterdir()}
     limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
     done = shell("lis", "--documents=1000", "--workers=1", cwd=tmp_path, **limit)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "free some space" in line
-    assert not (tmp_path / "data" / "lis" / "meta.json").exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "lis").iterdir()} == before
+    assert os.listdir(tmp_path / "data") == ["lis"]
 
 
 def test_an_empty_split_is_refused(here, tmp_path):

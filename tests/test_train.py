@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import sample
 import train
 from configurator import parse
 from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, flags, losses, needs, run, tiny
+from data import get_tokenizer
 from experiments import plot
 from guard import UserError
 from model import GPT, VARIANTS, GPTConfig
@@ -383,7 +385,44 @@ def test_sample(trained, tmp_path, capsys):
     (tmp_path / "prompt").write_text("x" * 100)  # longer than block_size
     assert text(f"--start=FILE:{tmp_path / 'prompt'}").startswith("x" * 100)
     assert text("--n_loop=2", "--temperature=0") != text("--temperature=0")
+    assert text("--temperature=2", "--top_p=1e-6") == text("--temperature=0")
     assert run("sample.py", f"--out_dir={trained}", "--max_new_tokens=40", "--start=3 times") == text("--start=3 times")
+
+
+def test_end_of_text_in_a_prompt_is_the_token(trained, capsys, monkeypatch):
+    """As in nanoGPT, whose prompts may start with it."""
+    seen, stream = [], GPT.stream
+    monkeypatch.setattr(GPT, "stream", lambda self, idx, *a, **k: seen.append(idx.tolist()) or stream(self, idx, *a, **k))
+    sample.main([f"--out_dir={trained}", "--max_new_tokens=1", "--start=<|endoftext|>1<|endoftext|>"])
+    assert seen == [[[256, ord("1"), 256]]] and capsys.readouterr().out.startswith("1")
+
+
+def test_text_comes_as_it_is_generated(trained):
+    """In whole characters, also to a terminal that is not UTF-8; Ctrl-C keeps what there is; a reader may go away."""
+    command = [sys.executable, "-u", "sample.py", f"--out_dir={trained}", "--start=né", "--temperature=0"]
+    for env, start in ((dict(PYTHONIOENCODING="utf-8"), "né"), (dict(PYTHONIOENCODING="ascii"), "n?")):
+        process = subprocess.Popen([*command, "--max_new_tokens=100000"], cwd=ROOT, env=os.environ | env,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        first = process.stdout.read(40)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=180)
+        assert process.returncode == 0 and not errors and rest.endswith(b"\n")
+        assert (first + rest).decode(env["PYTHONIOENCODING"]).startswith(start)
+    process = subprocess.Popen([*command, "--max_new_tokens=3000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(180) == 0 and process.stderr.read() == b""
+
+
+@needs("tiktoken_cache")
+def test_released_weights_are_sampled_without_training(gpt2_folder, capsys):
+    """The likeliest continuation is the one that transformers finds."""
+    folder, theirs = gpt2_folder(vocab_size=50257)
+    sample.main([f"--init_from={folder}", "--start=a", "--temperature=0", "--max_new_tokens=9"])
+    tokenizer = get_tokenizer("gpt2")
+    expected = theirs.generate(torch.tensor([tokenizer.encode("a")]), max_new_tokens=9, do_sample=False, pad_token_id=50256)[0]
+    expected = [t for t in expected.tolist() if t != tokenizer.eot_token]
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(expected).rstrip("\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,6 +450,11 @@ def test_bad_command_lines(data, trained, tmp_path):
         (sample, [f"--out_dir={trained}", "--top_k=0", "--temperature=-1"], ["top_k=0", "temperature=-1"]),
         (sample, [f"--out_dir={trained}", "--start=FILE:nowhere"], ["nowhere"]),
         (sample, [f"--out_dir={trained}", "--n_loop=0"], ["n_loop=0"]),
+        *(
+            (sample, [f"--out_dir={trained}", f"--temperature={t}"], [f"temperature={t}", "0.001"])
+            for t in ("nan", "inf", "1e-45")
+        ),
+        (sample, [f"--out_dir={trained}", "--top_p=0"], ["top_p=0.0"]),
         (plot, [str(tmp_path / "none")], ["none"]),
     ):
         with pytest.raises(UserError) as error:
