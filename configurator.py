@@ -1,5 +1,5 @@
 """
-Configurations: a dataclass of knobs, filled from TOML files and --key=value arguments, the later winning.
+Configurations: a dataclass of knobs, filled from TOML files and --key=value or --key value, the later winning.
 
     cfg = parse(Config, sys.argv[1:])        # config/demo.toml --learning_rate=3e-4 --compile=False
 
@@ -39,10 +39,16 @@ def parse(cls, arguments):
         except (ValueError, OverflowError):
             problems.append(f"{where}: {key}={reprlib.repr(value)} is not {describe(types_[key])}")
 
-    for argument in arguments:
+    arguments = [*arguments]
+    while arguments:
+        argument = arguments.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
-        if not equals and types_.get(key) is bool:  # a bare --compile
-            equals, value = "=", "True"
+        if argument.startswith("--") and not equals:  # --key value, or a bare --compile
+            follows = arguments and not arguments[0].startswith("--")
+            if types_.get(key) is bool and not (follows and arguments[0].lower() in ("true", "false")):
+                equals, value = "=", "True"
+            elif follows:
+                equals, value = "=", arguments.pop(0)
         if argument.startswith("--") and equals:
             assign(key, value, "command line")
             given.add(key)
@@ -102,7 +108,7 @@ def describe(type_):
 
 def help_text(cls):
     """The module's docstring, then a line for each knob: name, default, meaning and, of a choice, its values."""
-    lines = [inspect.getdoc(sys.modules[cls.__module__]), "", "knobs (--name=value):"]
+    lines = [inspect.getdoc(sys.modules[cls.__module__]), "", "knobs (--name=value or --name value):"]
     meanings = {}
     for base in reversed(cls.__mro__[:-1]):
         meanings |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE))

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from dataclasses import asdict, fields
 
 from tqdm import tqdm
@@ -110,7 +111,17 @@ class Log:
                 self.tracker = importlib.import_module(cfg.logger)
             except ImportError:
                 raise UserError(f"logger={cfg.logger} is not installed: pip install {cfg.logger}") from None
-            self.tracker.init(project="nanodescent", name=cfg.out_dir, config=asdict(cfg))
+            name = os.path.join(cfg.out_dir, "logger_id")  # a run that is resumed goes on as one run there as well
+            if cfg.init_from != "resume" or not os.path.exists(name):
+                with open(name, "w") as file:
+                    file.write(uuid.uuid4().hex)
+            with open(name) as file:
+                same = dict(id=file.read()) if cfg.logger == "wandb" else {}
+            about = dict(project=cfg.logger_project, name=cfg.logger_name or cfg.out_dir, config=asdict(cfg))
+            try:
+                self.tracker.init(**about, **same, resume="allow")
+            except Exception as error:  # whatever the tracker raises: no key, no network
+                raise UserError(f"logger={cfg.logger} does not start ({error}): log in, or leave --logger out") from None
 
     def begin(self):
         """The first step starts now."""

@@ -51,6 +51,8 @@ class Config(GPTConfig):
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # steps from one line of the log to the next
     logger: Literal["", "wandb", "trackio"] = ""  # where to log as well
+    logger_project: str = "nanodescent"  # the project there
+    logger_name: str = ""  # the run's name there; none: out_dir
     on_spike: Literal["report", "stop"] = "report"  # when the loss is over twice its running mean 3 steps in a row
     verify: bool = False  # check the sha256 of all shards before the first step, not of a sample
     # the batch
@@ -321,10 +323,8 @@ def train(cfg, signals, until_end):
     def give_up(what):
         log.write(step=run.step, stopped=what)
         kept = "there is no checkpoint yet" if saved is None else f"{latest} is as it was after {saved} steps"
-        raise UserError(
-            f"step {run.step}: {what}: stopped before the update. {kept}: "
-            "go on with --init_from=resume, a lower learning_rate and a longer warmup_iters"
-        )
+        advice = "go on with --init_from=resume, a lower learning_rate and a longer warmup_iters"
+        raise UserError(f"step {run.step}: {what}: stopped before the update. {kept}: {advice}")
 
     model.train()
     log.begin()

@@ -623,6 +623,11 @@ def test_values_take_the_type_of_their_knob(tmp_path):
         knobs = parse(Knobs, arguments)
         assert knobs == Knobs(learning_rate=1.0, beta=2.0, causal=False)
         assert type(knobs.learning_rate) is type(knobs.beta) is float
+    for arguments in (["--depth", "2", "--causal", "--name", "a b"], ["--depth", "2", "--causal", "true", "--name=a b"]):
+        assert parse(Knobs, arguments) == Knobs(depth=2, causal=True, name="a b")
+    assert parse(Knobs, ["--beta", "-1.5", "--causal", "False"]) == Knobs(beta=-1.5, causal=False)
+    with pytest.raises(UserError, match="no knob is named 'depht'; did you mean depth"):
+        parse(Knobs, ["--depht", "2"])
     knobs = parse(Knobs, ["--beta=2", "--beta=None", "--causal=true", "--learning_rate=3e-4", "--name=a=b"])
     assert knobs == Knobs(learning_rate=3e-4, name="a=b")
 

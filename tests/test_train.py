@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,26 @@ def test_metrics_outlive_a_run_that_does_not_start(data, trained, tmp_path, monk
             with pytest.raises(UserError, match=name):
                 fit(data, tmp_path / "run", **knobs)
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_tracker_goes_on_with_one_run(data, tmp_path, monkeypatch):
+    """A stand-in for wandb: after a resume the same id, in the project asked for; its refusal is one line."""
+    started, ended = [], []
+    wandb = types.SimpleNamespace(init=lambda **a: started.append(a), log=lambda *a, **k: None, finish=lambda: ended.append(1))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    knobs = dict(logger="wandb", logger_project="mine", eval_interval=2)
+    for init_from, steps in (("scratch", 2), ("resume", 4), ("scratch", 6)):
+        fit(data, tmp_path, max_iters=steps, init_from=init_from, **knobs)
+    first, again, other = (a["id"] for a in started)
+    assert first == again != other and started[1]["resume"] == "allow" and len(ended) == 3
+    assert (started[0]["project"], started[0]["name"]) == ("mine", str(tmp_path))
+
+    def no_key(**_):
+        raise RuntimeError("no API key")
+
+    wandb.init = no_key
+    with pytest.raises(UserError, match="logger=wandb does not start .no API key"):
+        fit(data, tmp_path, max_iters=8, **knobs)
 
 
 def test_a_longer_run_is_not_replaced_unasked(data, trained, tmp_path):
