@@ -5,8 +5,9 @@ What a checkpoint knows: its accuracy on tasks of lm-evaluation-harness, and the
     python -m experiments.evaluate out/mha out/nag --tasks hellaswag --limit 200 --data ../hub
     python -m experiments.evaluate out/demo --text book.txt
 
-All tasks are asked without examples (zero-shot), in float32. The numbers are printed as a Markdown table and kept in
---out, and what is kept there for the same file and the same question is not computed again.
+Tasks are asked without examples (zero-shot) unless --num_fewshot says otherwise, in float32; the name of a group of tasks
+stands for all of them. The numbers are printed as a Markdown table and kept in --out, and what is kept there for the same file
+and the same question is not computed again.
 """
 
 import difflib
@@ -126,13 +127,28 @@ def task_manager():
     return TaskManager()  # reads the harness's thousands of task files: some ten seconds
 
 
-def get_task(name, data):
+def tasks_of(name):
+    """The names of the tasks that a task, a group or a tag of the harness stands for. Raises UserError."""
+    entry = task_manager().task_index.get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, task_manager().task_index, n=3)
+        raise UserError(f"lm-eval has no task or group named {name}" + (f"; it has {', '.join(near)}" if near else ""))
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    parts = entry.cfg["task"] if entry.kind.name == "GROUP" else []
+    names = [part if isinstance(part, str) else part["task"] for part in ([parts] if isinstance(parts, str) else parts)]
+    return [task for part in names for task in tasks_of(part)] or [name]
+
+
+def get_task(name, data, num_fewshot=0):
     """
-    The harness's task of this name, zero-shot. data: None, or a folder that holds copies of the hub's data sets, that of
-    OWNER/NAME in data/NAME; the split that is evaluated is enough. Raises UserError.
+    The harness's task of this name, with so many examples before each question. data: None, or a folder that holds copies of
+    the hub's data sets, that of OWNER/NAME in data/NAME; with no examples the split that is evaluated is enough. Raises
+    UserError.
     """
-    # without `samples` the harness would read the examples' split, whether it needs any or not
-    choices = dict(task=name, num_fewshot=0, fewshot_split=None, fewshot_config=dict(samples=[]))
+    choices = dict(task=name, num_fewshot=num_fewshot)
+    if num_fewshot == 0:  # without `samples` the harness would read the examples' split, whether it needs any or not
+        choices |= dict(fewshot_split=None, fewshot_config=dict(samples=[]))
     if data:
         choices["dataset_path"] = os.path.join(data, os.path.basename(task_manager().task_index[name].cfg["dataset_path"]))
         if not os.path.isdir(choices["dataset_path"]):
@@ -152,9 +168,9 @@ def chance(task, docs):
     return statistics.mean(1 / len(task.doc_to_choice(doc)) for doc in docs)
 
 
-def evaluate_task(lm, task, data, limit):
+def evaluate_task(lm, task, data, limit, num_fewshot=0):
     """The metrics of a task over its first `limit` items (None: all): dict(n=items, metrics=[dict, ...], ...)."""
-    name, task = task, get_task(task, data)
+    name, task = task, get_task(task, data, num_fewshot)
     torch.manual_seed(0)  # of tasks that sample
     found = lm_eval.evaluate(lm, dict(tasks={name: task}), limit=limit)
     docs = [sample["doc"] for sample in found["samples"][name]]
@@ -208,6 +224,7 @@ def main(arguments):
     parser.add_argument("out_dirs", nargs="+", help="folders of checkpoints")
     parser.add_argument("--tasks", default="", help="names of the harness's tasks, with commas between them")
     parser.add_argument("--data", help="folder with local copies of the tasks' data sets: OWNER/NAME of the hub as DATA/NAME")
+    parser.add_argument("--num_fewshot", type=int, default=0, help="examples before each question of a task")
     parser.add_argument("--limit", type=int, help="only this many items of each task; default: all")
     parser.add_argument("--text", nargs="+", default=[], help="files of text")
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time; fewer take less memory")
@@ -215,6 +232,8 @@ def main(arguments):
     args = parser.parse_args(arguments)
 
     tasks = [name for name in args.tasks.split(",") if name]
+    if args.num_fewshot < 0:
+        raise UserError(f"--num_fewshot {args.num_fewshot} must be at least 0")
     if not tasks and not args.text:
         raise UserError("nothing to evaluate: give --tasks or --text")
     for key in ("limit", "batch_size"):
@@ -222,15 +241,16 @@ def main(arguments):
             raise UserError(f"--{key} {getattr(args, key)} must be at least 1")
     texts = {path: read_text(path) for path in args.text}
     # a result is known by its question and by what was in the checkpoint's file and in the text's
-    questions = [dict(task=name, data=args.data, limit=args.limit) for name in tasks]
-    questions += [dict(task=path, data=hashlib.sha256(text.encode()).hexdigest(), limit=None) for path, text in texts.items()]
+    about_text = dict(limit=None, num_fewshot=0)
+    questions = [dict(task=path, data=hashlib.sha256(t.encode()).hexdigest()) | about_text for path, t in texts.items()]
 
     device = pick_device(args.device)
     records, asked = Records(args.out), []
-    for name in set(tasks) - {r["task"] for r in records.all}:  # those in the records exist
-        if name not in (names := task_manager().all_subtasks):
-            near = difflib.get_close_matches(name, names, n=3)
-            raise UserError(f"lm-eval has no single task named {name}" + (f"; it has {', '.join(near)}" if near else ""))
+    for record in records.all:
+        record.setdefault("num_fewshot", 0)  # the only way to ask, once
+    asked_before = {r["task"] for r in records.all}  # these exist, and to look through the harness's tasks takes ten seconds
+    tasks = [task for name in tasks for task in ([name] if name in asked_before else tasks_of(name))]
+    questions += [dict(task=name, data=args.data, limit=args.limit, num_fewshot=args.num_fewshot) for name in tasks]
     for out_dir in args.out_dirs:
         path = os.path.join(out_dir, args.ckpt)
         model, state = checkpoint.load_model(path, device)

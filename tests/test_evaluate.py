@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -339,6 +340,25 @@ def test_a_task_from_a_local_copy(run, quick, trained, capsys):
     assert [r["n"] for r in records] == [3, 2] and records[0] == record
 
 
+def test_groups_and_examples(run, quick):
+    """A tag stands for its tasks; with examples the context of a question holds them, and the record says how many."""
+    docs = [("one two", ["three four", "zzz", "#!"], "C"), ("five six", ["seven", "zz9", "four", "Q"], "A")]
+    arc(run / "hub", docs)
+    folder = run / "hub" / "ai2_arc"
+    shutil.copytree(folder / "ARC-Easy", folder / "ARC-Challenge")
+    readme = (folder / "README.md").read_text()
+    easy = readme.split("configs:\n")[1].split("---")[0] + "  - split: train\n    path: ARC-Easy/test-*\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{easy}{easy.replace('ARC-Easy', 'ARC-Challenge')}---\n")
+    both = command(run, "--tasks", "ai2_arc", "--data", run / "hub")
+    assert [r["task"] for r in both] == ["arc_challenge", "arc_easy"]
+    *_, shots = command(run, "--tasks", "arc_easy", "--data", run / "hub", "--num_fewshot", 1)
+    assert [r["num_fewshot"] for r in (*both, shots)] == [0, 0, 1]
+    assert len(command(run, "--tasks", "ai2_arc", "--data", run / "hub")) == 3  # each is known by its number of examples
+    task = evaluate.get_task("arc_easy", str(run / "hub"), 1)
+    task.build_all_requests(limit=2, rank=0, world_size=1)
+    assert all(i.args[0].count("Question:") == 2 for i in task.instances)
+
+
 def test_what_is_wrong_is_said(run, quick):
     (run / "empty").write_text("")
     (run / "latin").write_bytes(b"\xff\xfe\xfd")
@@ -347,7 +367,8 @@ def test_what_is_wrong_is_said(run, quick):
         ([], "nothing to evaluate"),
         (["--tasks", "arc_easy", "--limit", 0], "limit 0 must be at least 1"),
         (["--text", run / "text", "--batch_size", 0], "batch_size 0 must be at least 1"),
-        (["--tasks", "arc_eazy"], "no single task named arc_eazy; it has arc_easy"),
+        (["--tasks", "arc_easy", "--num_fewshot", "-1"], "num_fewshot -1 must be at least 0"),
+        (["--tasks", "arc_eazy"], "no task or group named arc_eazy; it has arc_easy"),
         (["--tasks", "arc_easy", "--data", run], "no copy of arc_easy's data"),
         (["--text", run / "missing"], "cannot read the text"),
         (["--text", run / "latin"], "cannot read the text"),
