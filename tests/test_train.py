@@ -268,6 +268,25 @@ def test_released_weights_of_another_function_are_refused(gpt2_folder, change):
         checkpoint.gpt2(str(folder))
 
 
+@needs("tiktoken_cache")
+def test_gpt2_is_fine_tuned_as_another_system(tmp_path, gpt2_folder):
+    """The config for it, with a small GPT-2 of random weights: the same loss as GPT-2 at first, and tau leaves 0."""
+    folder, theirs = gpt2_folder(vocab_size=50257)
+    (tmp_path / "input.txt").write_text("To be, or not to be: that is the question.\n" * 200)
+    run("prepare.py", "play", "--input", tmp_path / "input.txt", "--tokenizer", "gpt2", "--out", tmp_path)
+    knobs = dict(init_from=folder, data_dir=tmp_path, dataset="play", out_dir=tmp_path / "out", block_size=32, compile=False,
+                 dtype="float32", eval_iters=2, max_iters=3, eval_interval=3)  # fmt: skip
+    train.main(["config/finetune_shakespeare.toml", *(f"--{k}={v}" for k, v in knobs.items())])
+    state = checkpoint.load(tmp_path / "out" / "ckpt.pt")
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["val_loss"]
+    split = train.Split(tmp_path / "play", "val", 32)
+    x, y = map(torch.from_numpy, split.windows(split.fixed(2)))
+    assert first == pytest.approx(
+        torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item(), rel=1e-4
+    )
+    assert state["model_config"]["curvature"] == "light" and state["model"]["transformer.h.0.attn.tau.raw"].abs().min() > 0
+
+
 def test_weights_of_another_tokenizer_are_refused(data, trained, tmp_path, gpt2_folder):
     """With both names, whatever the sizes, unless they are asked for."""
     folder, _ = gpt2_folder()
