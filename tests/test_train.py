@@ -1,5 +1,6 @@
 """What a run of train.py and sample.py promises, with tiny models."""
 
+import json
 import math
 import os
 import random
