@@ -164,8 +164,7 @@ def differences(state, cfg, data):
     """
     then, now = state["config"], asdict(cfg)
     there = dict(data=state["data"]) | {k: then[k] for k in ("optimizer", "seed")} | state["model_config"]
-    there["order of the data"] = state.get("order", 1)  # a run cannot go on in another one
-    here = now | {"data": data, "order of the data": ORDER}
+    here = now | dict(data=data)
     for k in ("gradient_accumulation_steps", "eval_iters"):  # what a step, and an evaluation, are made of
         there[f"batch_size * {k}"], here[f"batch_size * {k}"] = (c["batch_size"] * c[k] for c in (then, now))
     # surgery may have made another model than the configuration says: either is right
@@ -181,6 +180,11 @@ def resumed(path, cfg, data, made_with):
     with fitting(path):
         differs, run, config = differences(state, cfg, data), Progress.of(state), GPTConfig(**state["model_config"])
         changed = [f"{k} {v}, now {made_with[k]}" for k, v in state["made_with"].items() if v != made_with[k]]
+    if state.get("order", 1) != ORDER:
+        raise UserError(
+            f"{path} is of another version of train.py, which read the text in another order, and cannot be resumed: begin a "
+            f"new run with its weights, by --init_from={path} and another --out_dir"
+        )
     if differs:
         raise UserError(f"{path} has {'; '.join(differs)}: resume with the run's own configuration and data")
     if not 0 <= run.step <= cfg.max_iters:

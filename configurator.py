@@ -9,6 +9,7 @@ The comment behind a field is its help text. All that is wrong with a configurat
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import reprlib
 import sys
@@ -17,6 +18,8 @@ import types
 import typing
 
 from guard import UserError
+
+PathName = typing.NewType("PathName", str)  # the type of a knob that names a file or folder: ~ is the home folder
 
 
 def parse(cls, arguments):
@@ -87,6 +90,8 @@ def convert(value, type_):
     """value, a TOML value or a command line's text, as type_. Raises ValueError."""
     if bare(type_) is not type_:
         return None if value == "None" else convert(value, bare(type_))
+    if type_ is PathName and isinstance(value, str):
+        return os.path.expanduser(value)
     if typing.get_origin(type_) is typing.Literal:  # a choice of names, which the dataclass itself checks
         type_ = str
     if isinstance(value, str) and type_ is bool and value.lower() in ("true", "false"):

@@ -478,6 +478,8 @@ def prepare(args):
     partial.mkdir(parents=True, exist_ok=True)
     with lock(partial, "wait for its end, or choose another name"):
         try:
+            for left in partial.glob("*.npy*"):  # by a run that was killed
+                left.unlink()
             meta = write_shards(args, tokenizer, encoding, dtype, partial, itertools.chain([first], work), source is text_files)
             meta |= dict(name=args.name, source=made_of)
             with replacing(partial / "meta.json") as file:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
-from configurator import parse
+from configurator import PathName, parse
 from data import get_tokenizer
 from device import pick_device
 from guard import UserError, cli
@@ -27,9 +27,9 @@ from model import GPT, GPTConfig
 
 @dataclass
 class Config:
-    out_dir: str = "out"  # folder of the checkpoint
+    out_dir: PathName = "out"  # folder of the checkpoint
     ckpt: str = "best.pt"  # its file in there: best.pt, of least validation loss, or ckpt.pt, the latest
-    init_from: str = "resume"  # resume: the checkpoint; gpt2, gpt2-medium, ... or a folder: released weights without one
+    init_from: PathName = "resume"  # resume: the checkpoint; gpt2, gpt2-medium, ... or a folder: released weights without one
     start: str = ""  # the prompt, or FILE:path of one
     num_samples: int = 1  # texts to generate
     max_new_tokens: int = 500  # longest continuation, in tokens
@@ -57,7 +57,7 @@ def load(cfg, device):
     """The model and its tokenizer. Raises UserError."""
     choices = {} if cfg.n_loop is None else dict(n_loop=cfg.n_loop)
     if cfg.init_from == "resume":
-        path = os.path.join(os.path.expanduser(cfg.out_dir), cfg.ckpt)
+        path = os.path.join(cfg.out_dir, cfg.ckpt)
         model, state = checkpoint.load_model(path, device, **choices)
         return model, get_tokenizer(state["tokenizer"])
     config, weights = checkpoint.gpt2(cfg.init_from)

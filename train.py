@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import guard
-from configurator import parse
+from configurator import PathName, parse
 from data import ORDER, Split, fingerprint, verify
 from device import keep_memory, pick_device, short_dtype
 from guard import UserError, cli
@@ -38,12 +38,12 @@ from model import GPT, GPTConfig, Scalar, outside
 class Config(GPTConfig):
     vocab_size: int | None = None  # rows of the token table; None: as many as the tokenizer has
     # the run
-    out_dir: str = "out"  # folder of the checkpoints and metrics
+    out_dir: PathName = "out"  # folder of the checkpoints and metrics
     any_tokenizer: bool = False  # start from weights of another tokenizer than the data's, whose tokens mean other things
-    init_from: str = "scratch"  # scratch; resume: out_dir/ckpt.pt; X.pt: the weights of another run; gpt2, gpt2-medium, ...
+    init_from: PathName = "scratch"  # scratch; resume: out_dir/ckpt.pt; X.pt: weights of another run; gpt2, gpt2-medium, ...
     overwrite: bool = False  # start anew where out_dir holds a run of more steps
     dataset: str = "openwebtext"  # folder below data/
-    data_dir: str = "data"  # folder that holds the data sets
+    data_dir: PathName = "data"  # folder that holds the data sets
     seed: int = 1337  # of the initial weights, the order of the data and dropout
     max_iters: int = 600000  # training steps
     eval_interval: int = 2000  # steps from one evaluation and checkpoint to the next

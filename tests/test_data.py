@@ -21,6 +21,8 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 import prepare
+import sample
+import train
 from configurator import parse
 from conftest import ROOT, SHARED, needs
 from data import Split, get_tokenizer, read_meta
@@ -453,6 +455,7 @@ def test_a_killed_run_leaves_the_old_data_and_is_repeated_exactly(here, tmp_path
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert hashes(folder) == old and (tmp_path / "lis.partial" / "train_001.npy").exists()
     assert hashes(here(*command)) == expected and not (tmp_path / "lis.partial").exists()
+    assert len(list(folder.glob("train_*.npy"))) == len(expected["train"])
 
 
 @pytest.mark.parametrize(
@@ -651,6 +654,14 @@ def test_all_problems_come_in_one_message(tmp_path):
     ]
     assert len(lines) == len(parts)
     assert all(part in line for line, several in zip(lines, parts, strict=True) for part in several), error.value
+
+
+def test_the_home_folder(monkeypatch):
+    """~ in the name of a file or folder, which a shell leaves alone behind an equals sign; not in other text."""
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = parse(train.Config, ["--out_dir=~/x", "--init_from=~/y.pt", "--data_dir", "~/z", "--dataset=~/d"])
+    assert (cfg.out_dir, cfg.init_from, cfg.data_dir, cfg.dataset) == ("/home/me/x", "/home/me/y.pt", "/home/me/z", "~/d")
+    assert parse(sample.Config, ["--out_dir=~/x", "--start=~/"]).out_dir == "/home/me/x"
 
 
 @pytest.mark.parametrize("content, says", [(None, "cannot read"), ("depth = ", "not valid TOML")])

@@ -549,6 +549,16 @@ def test_a_checkpoint_says_what_differs(data, trained, tmp_path):
     assert state["step"] == 61
 
 
+def test_a_checkpoint_of_another_order_of_the_data_is_not_resumed(data, trained, tmp_path):
+    """One that an older train.py wrote: it says how to go on with its weights, and that works."""
+    state = checkpoint.load(trained / "ckpt.pt")
+    checkpoint.save(tmp_path, {k: v for k, v in state.items() if k != "order"}, best=False)
+    with pytest.raises(UserError, match=f"another order, and cannot be resumed: .* --init_from={tmp_path / 'ckpt.pt'}"):
+        fit(data, tmp_path, init_from="resume", n_embd=32, dropout=0, max_iters=61)
+    _, metrics = fit(data, tmp_path / "new", init_from=tmp_path / "ckpt.pt", n_embd=32, dropout=0, max_iters=1)
+    assert metrics[0]["val_loss"] == pytest.approx(state["best_loss"], rel=1e-3)
+
+
 def test_a_checkpoint_tells_of_other_versions(data, trained, tmp_path, monkeypatch, capsys):
     """A run resumed with other software says so and goes on."""
     state = checkpoint.load(trained / "ckpt.pt")
