@@ -103,6 +103,9 @@ def load(path):
     path, previous = str(path), str(path).replace("ckpt.pt", "ckpt_prev.pt")
     offer = f"; the one before is kept: mv {previous} {path}" if previous != path and os.path.exists(previous) else ""
     if not os.path.exists(path):
+        beside = os.path.join(os.path.dirname(path), "ckpt.pt")
+        if os.path.exists(beside):
+            offer = offer or f", only {beside}: take it with --ckpt=ckpt.pt"
         train = f"train one with python train.py --out_dir={os.path.dirname(path)}"
         raise UserError(f"no checkpoint at {path}{offer or f': {train}'}")
     try:
@@ -177,6 +180,8 @@ def resumed(path, cfg, data, made_with):
     of the run that cfg and data (a fingerprint) describe, or is beyond that run's end.
     """
     state = load(path)
+    if "config" not in state:
+        raise UserError(f"{path} is nanoGPT's, and cannot be resumed: begin a run with its weights, by --init_from={path}")
     with fitting(path):
         differs, run, config = differences(state, cfg, data), Progress.of(state), GPTConfig(**state["model_config"])
         changed = [f"{k} {v}, now {made_with[k]}" for k, v in state["made_with"].items() if v != made_with[k]]
@@ -266,7 +271,7 @@ def donated(cfg, config, tokenizer):
         state = load(cfg.init_from)
         donor, weights, theirs = state["model_config"], state["model"], state["tokenizer"]
     else:
-        (donor, weights), theirs = gpt2(cfg.init_from), "gpt2"
+        donor, weights, theirs = gpt2(cfg.init_from)
     if theirs != tokenizer and not cfg.any_tokenizer:
         raise UserError(
             f"{cfg.init_from} is of the tokenizer {theirs}, the text of {tokenizer}: prepare the text with --tokenizer "
@@ -275,7 +280,7 @@ def donated(cfg, config, tokenizer):
     sizes = [
         f"{size}={getattr(cfg, size)}, not {donor[size]}"
         for size in SIZES
-        if size in cfg.given and getattr(cfg, size) != donor[size]
+        if size in getattr(cfg, "given", ()) and getattr(cfg, size) != donor[size]
     ]
     if sizes:
         raise UserError(f"{cfg.init_from} has its own sizes, and the command line has {'; '.join(sizes)}: leave them out")
@@ -284,9 +289,9 @@ def donated(cfg, config, tokenizer):
 
 def gpt2(name):
     """
-    GPT-2's released weights through transformers: (configuration as a dict, state_dict) in nanoGPT's names. name is gpt2,
-    gpt2-medium, gpt2-large or gpt2-xl, or a folder that save_pretrained() wrote. As in nanoGPT the MLP's gelu is the exact
-    one and not the tanh approximation that the weights were trained with, which moves the loss a little.
+    GPT-2's released weights through transformers: (configuration as a dict, state_dict in nanoGPT's names, tokenizer). name is
+    gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder that save_pretrained() wrote. As in nanoGPT the MLP's gelu is the
+    exact one and not the tanh approximation that the weights were trained with, which moves the loss a little.
     """
     try:
         from transformers import GPT2LMHeadModel
@@ -308,4 +313,5 @@ def gpt2(name):
     sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size)
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
     state = {k: v.t() if k.endswith(transposed) else v for k, v in model.state_dict().items()}
-    return asdict(GPTConfig(**sizes)), state
+    tokenizer = getattr(c, "tiktoken_name", "gpt2" if c.vocab_size in GPT2_VOCABULARY else "unknown")  # experiments.export's
+    return asdict(GPTConfig(**sizes)), state, tokenizer

@@ -48,7 +48,7 @@ def parse(cls, arguments):
         key, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and not equals:  # --key value, or a bare --compile
             follows = arguments and not arguments[0].startswith("--")
-            if types_.get(key) is bool and not (follows and arguments[0].lower() in ("true", "false")):
+            if bare(types_.get(key)) is bool and not (follows and arguments[0].lower() in ("true", "false")):
                 equals, value = "=", "True"
             elif follows:
                 equals, value = "=", arguments.pop(0)
@@ -58,6 +58,8 @@ def parse(cls, arguments):
         elif argument.endswith(".toml"):
             for key, value in read_toml(argument).items():
                 assign(key, value, argument)
+        elif argument.startswith("--") and key in types_:
+            problems.append(f"command line: --{key} needs a value; one that begins with -- is given as --{key}=--...")
         else:
             problems.append(f"command line: {reprlib.repr(argument)} is neither a FILE.toml nor --key=value")
     try:

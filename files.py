@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, what identifies their contents, and folders that one process holds alone."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import sys
 import time
 
 from guard import UserError
@@ -50,6 +52,10 @@ def lock(folder, remedy):
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"{folder} is in use by {file.read() or 'another process'}: {remedy}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"{folder}: this file system has no locks, so keep other runs out of it yourself", file=sys.stderr)
         file.truncate(0)
         file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()

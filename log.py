@@ -22,7 +22,8 @@ def say(text):
     if os.environ.get("RANK", "0") == "0":
         with going_on():
             tqdm.write(text)
-            sys.stdout.flush()
+            if sys.stdout:  # which a daemon may not have
+                sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -111,12 +112,11 @@ class Log:
                 self.tracker = importlib.import_module(cfg.logger)
             except ImportError:
                 raise UserError(f"logger={cfg.logger} is not installed: pip install {cfg.logger}") from None
-            name = os.path.join(cfg.out_dir, "logger_id")  # a run that is resumed goes on as one run there as well
-            if cfg.init_from != "resume" or not os.path.exists(name):
-                with open(name, "w") as file:
-                    file.write(uuid.uuid4().hex)
-            with open(name) as file:
-                same = dict(id=file.read()) if cfg.logger == "wandb" else {}
+            self.logger_id = uuid.uuid4().hex  # a run that is resumed goes on as one run there as well
+            if cfg.init_from == "resume" and os.path.exists(os.path.join(cfg.out_dir, "logger_id")):
+                with open(os.path.join(cfg.out_dir, "logger_id")) as file:
+                    self.logger_id = file.read()
+            same = dict(id=self.logger_id) if cfg.logger == "wandb" else {}
             about = dict(project=cfg.logger_project, name=cfg.logger_name or cfg.out_dir, config=asdict(cfg))
             try:
                 self.tracker.init(**about, **same, resume="allow")
@@ -161,7 +161,11 @@ class Log:
         Bring what was written to metrics.jsonl. The first time, the file of an earlier run is replaced or cut to where this run
         begins. So a run that does not get as far as its first step, or its first checkpoint, leaves it alone.
         """
-        self.metrics = self.metrics or open_metrics(self.path, self.run.step)
+        if not self.metrics:
+            self.metrics = open_metrics(self.path, self.run.step)
+            if self.tracker:
+                with replacing(os.path.join(self.cfg.out_dir, "logger_id")) as file:
+                    file.write(self.logger_id.encode())
         self.metrics.writelines(self.lines)
         self.metrics.flush()
         self.lines.clear()
@@ -186,6 +190,12 @@ class Log:
             self.write(step=step, tokens=(step + 1) * self.tokens_per_step, train_loss=loss, lr=rate, grad_norm=norm, **used)
             say(f"step {step:6d}: loss {loss:.4f}, {speed:,.0f} tokens/s")
         if self.writing and self.lines:
+            self.flush()
+
+    def stopped(self, what):
+        """The run was given up before an update. Of a run that has no checkpoint nothing is kept."""
+        self.write(step=self.run.step, stopped=what)
+        if self.writing and (self.metrics or self.run.step):
             self.flush()
 
     def sync(self):

@@ -20,6 +20,7 @@ import ast
 import bisect
 import codecs
 import collections
+import contextlib
 import functools
 import itertools
 import json
@@ -28,7 +29,6 @@ import os
 import platform
 import random
 import re
-import shutil
 import signal
 import sysconfig
 import tempfile
@@ -50,9 +50,12 @@ from guard import DISK, UserError, cli
 HUB = dict(minipile="JeanKaddour/minipile", tinystories="roneneldan/TinyStories", openwebtext="Skylion007/openwebtext")
 BATCH = 1 << 20  # characters or bytes of text that a worker has at once: enough that the way to it is little
 # a word of a file's name, or a hub split's name -> our split; test text is never trained on
-SPLITS = dict(train="train", val="val", valid="val", validation="val", dev="val", test="test")
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", dev="val", eval="val", test="test",
+              testing="test")  # fmt: skip
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # files of rows -> datasets' reader
 END = "<|endoftext|>"
+# the arguments that, beside source and tokenizer, say what text there will be
+OPTIONS = ("config", "column", "train", "val", "val_fraction", "encoding", "errors", "raw", "max_tokens", "documents", "seed")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sources: generators of documents or pieces of them, (split, text, whether a document ends here); hub() of batches of these
@@ -96,32 +99,41 @@ def lis(args):
 
 def input_files(given):
     """
-    The files of --input and the split of each: train, val, test, or None where its name has no such word. In folders these are
-    .txt and .md files or, where there are none, files of rows. Prints them.
+    The files of --input and the split of each: train, val, test, or None where neither its name nor, below a given folder, its
+    folder has such a word. In folders these are .txt and .md files or, where there are none, files of rows. Prints them.
     """
-    paths = []
-    for path in (Path(path).expanduser() for path in given):
+    splits = {}
+    for path in map(Path, map(os.path.expanduser, given)):
+        if str(path) == "." and "." not in given:
+            raise UserError("--input has an empty name: is a variable of the shell not set?")
         if not path.exists():
             raise UserError(f"--input {path} does not exist")
         found = [path]
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name != "meta.json"]
             found = [p for p in inside if kind(p) in (".txt", ".md")] or [p for p in inside if kind(p) in TABLES]
-        paths += found
-    if twice := [str(path) for path, n in collections.Counter(path.resolve() for path in paths).items() if n > 1]:
-        raise UserError(f"--input has {', '.join(twice)} more than once: the same text must not be in both splits")
-    splits = {}
-    for path in paths:
-        words = {SPLITS[word] for word in re.findall("[a-z]+", path.name.lower()) if word in SPLITS}
-        splits[path] = words.pop() if len(words) == 1 else None
+        for file in found:
+            if file in splits:
+                raise UserError(f"--input has {file} more than once: the same text must not be in both splits")
+            parts = [file.name, *reversed(file.relative_to(path).parts[:-1])]
+            said = [{SPLITS[word] for word in re.findall("[a-z]+", part.lower()) if word in SPLITS} for part in parts]
+            splits[file] = next((words.pop() for words in said if len(words) == 1), None)
+    if len({path.resolve() for path in splits}) < len(splits):
+        raise UserError("--input has a file more than once, by several names: the same text must not be in both splits")
+    if len(splits) == 1:  # its name decides nothing
+        splits = dict.fromkeys(splits)
+    if splits and {*splits.values()} <= {"val", "test"}:
+        raise UserError("by their names all files of --input are for validation or tests: rename those to train on")
     if "val" in splits.values():  # then other files are for training, or stay out where one is called train
         splits = {path: split or ("unused" if "train" in splits.values() else "train") for path, split in splits.items()}
-    shown = {None: "divided into train and val", "test": "left out, since it is for tests",
-             "unused": "left out, since neither train nor val is in its name"}  # fmt: skip
-    for path, split in list(splits.items())[:20]:
-        print(f"{path}: {shown.get(split, split)}")
-    if len(splits) > 20:
-        print(f"and {len(splits) - 20} files more")
+    shown = {None: "divided into train and val", "test": "left out: test text is never trained on",
+             "unused": "left out: others are named train and val, this one is neither"}  # fmt: skip
+    for fate in ("train", "val", None, "test", "unused"):
+        paths = [path for path, split in splits.items() if split == fate]
+        for path in paths[:20]:
+            print(f"{path}: {shown.get(fate, fate)}")
+        if len(paths) > 20:
+            print(f"and {len(paths) - 20} more files: {shown.get(fate, fate)}")
     return splits
 
 
@@ -162,26 +174,31 @@ def as_utf8(path, args, scratch):
             marks = dict(utf_32=codecs.BOM_UTF32_LE, utf_32_=codecs.BOM_UTF32_BE, utf_8_sig=codecs.BOM_UTF8,
                          utf_16=codecs.BOM_UTF16_LE, utf_16_=codecs.BOM_UTF16_BE)  # fmt: skip
             marked = next((name.rstrip("_") for name, mark in marks.items() if head.startswith(mark)), "utf-8")
-            encoding = codecs.lookup(args.encoding or marked).name
-            if encoding == "utf-8" and args.errors == "strict" and path.is_file():
+            codec = codecs.lookup(args.encoding or marked)
+            if not codec._is_text_encoding:
+                raise LookupError
+            if codec.name == "utf-8" and head.startswith(codecs.BOM_UTF8):
+                codec = codecs.lookup("utf-8-sig")
+            if codec.name == "utf-8" and args.errors == "strict" and path.is_file():
                 return path
-            copy = Path(scratch) / str(len(os.listdir(scratch)))
-            decoder, done, replaced = codecs.getincrementaldecoder(encoding)(args.errors), 0, 0
+            copy, done, replaced = Path(scratch) / str(len(os.listdir(scratch))), 0, []
+            codecs.register_error("counted", lambda error: replaced.append(1) or ("\ufffd", error.end))
+            decoder = codec.incrementaldecoder("counted" if args.errors == "replace" else "strict")
             with open(copy, "w", encoding="utf-8", newline="") as out:
                 for chunk in itertools.chain([head], iter(lambda: file.read(1 << 20), b""), [b""]):
                     try:
-                        text = decoder.decode(chunk, final=not chunk)
+                        out.write(decoder.decode(chunk, final=not chunk))
                     except UnicodeDecodeError as error:
                         raise bad_byte(path, done + len(chunk) - len(error.object) + error.start, error) from None
                     done += len(chunk)
-                    replaced += text.count("\ufffd")
-                    out.write(text)
     except LookupError:
-        raise UserError(f"--encoding {args.encoding} is none that Python knows; try utf-8, latin-1, cp1252 or utf-16") from None
+        raise UserError(f"Python does not know the text encoding {args.encoding}; try latin-1, cp1252 or utf-16-le") from None
+    except UnicodeError as error:
+        raise UserError(f"{path}: {error}; give --encoding utf-16-le or utf-16-be") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if replaced:
-        print(f"{path}: {replaced:,} characters that could not be read became \ufffd")
+        print(f"{path}: {len(replaced):,} places that could not be read became \ufffd")
     return copy
 
 
@@ -244,15 +261,21 @@ def hub(args):
             files.setdefault(split or "train", []).append(str(path))
         if not found:
             return
-        name = TABLES[kind(next(iter(found)))]
+        kinds = sorted({kind(path) for path in found})
+        if len(kinds) > 1:
+            raise UserError(f"--input has files of several kinds, {', '.join(kinds)}: prepare them under several names")
+        name = TABLES[kinds[0]]
     if args.train or args.val:
         ours = dict.fromkeys(args.train or ["train"], "train") | dict.fromkeys(args.val, "val")
     try:
         data = datasets.load_dataset(os.path.expanduser(name), args.config, data_files=files or None, keep_in_memory=False)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        if args.input:
+            raise UserError(f"cannot read the rows of {', '.join(args.input)}: {reason}; every line must be one row") from None
         raise UserError(
-            f"cannot load the data set {args.name if args.input else name}: {' '.join(str(error).split())}; connect to the "
-            "network, give a local copy with --source DIR, or choose a configuration with --config"
+            f"cannot load the data set {name}: {reason}; connect to the network, give a local copy with --source DIR, or "
+            "choose a configuration with --config"
         ) from None
     used = {split: ours[split] for split in data if ours.get(split) in ("train", "val")}
     missing = [split for split in (*args.train, *args.val) if split not in data]
@@ -264,7 +287,7 @@ def hub(args):
         columns = [c for c, kind in data[split].features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
         if args.column not in columns:
             raise UserError(
-                f"{name} has no column {args.column} of text in its split {split}, only {', '.join(columns) or 'others'}: "
+                f"{name} has no text column {args.column} in its split {split}; its text columns: {', '.join(columns) or '-'}; "
                 "choose with --column"
             )
     rows = sum(len(data[split]) for split in used)
@@ -356,12 +379,15 @@ def encode(tokenizer, dtype, marks, batch):
         if text is None:
             count["without text"] += 1
             continue
+        if marks and ends and END in text and not text.rpartition(END)[2].strip():
+            text = text[: text.rindex(END) + len(END)]  # a line end behind the last mark is no document
         ids = encode_text(encoding, text, {END} if marks else set())
         tokens.append(ids)
         marked = np.count_nonzero(ids == encoding.eot_token) if marks else 0
         ends = ends and not (marked and ids[-1] == encoding.eot_token)  # the file's own mark is its end
         if ends:
             tokens.append(end)
+        count["held out"] += isinstance(batch, Rows) and batch.every is not None
         count["documents"] += int(marked) + ends
         count["bytes"] += len(text.encode())
     return {split: (np.concatenate([end[:0], *t], dtype=dtype, casting="unsafe"), count) for split, (t, count) in done.items()}
@@ -424,8 +450,8 @@ def main(arguments):
     args.name = args.name or "pydoc"
     if min(args.workers, args.shard_tokens, args.documents, args.max_tokens or 1) < 1:
         parser.error("--workers, --shard_tokens, --documents and --max_tokens must be at least 1")
-    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        parser.error(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
+    if args.val_fraction is not None and not 0 < args.val_fraction <= 0.5:
+        parser.error(f"--val_fraction {args.val_fraction} must be above 0 and at most 0.5")
     if args.source and (args.input or args.name in ("pydoc", "lis")):
         parser.error("--source is a copy of a hub data set: name that, as in minipile --source DIR")
     if Path(args.name).name in ("", ".."):
@@ -441,7 +467,19 @@ def main(arguments):
         advice = "free some space or choose another --out" if error.errno in (None, *DISK) else "choose another --out"
         raise UserError(f"cannot prepare {args.name}: {error}; {advice}") from None
     except BrokenProcessPool:
-        raise UserError(f"cannot prepare {args.name}: a worker was killed, for want of memory? Take fewer --workers") from None
+        raise UserError(
+            f"cannot prepare {args.name}: a worker was killed, perhaps because memory ran out: take fewer --workers"
+        ) from None
+
+
+def clear(folder, lock=False):
+    """Delete what prepare writes into a folder, meta.json first, and nothing else; with lock, also that and an empty folder."""
+    ours = re.compile(r"(meta\.json|(train|val)_\d{3,}\.npy)(\.tmp)?" + "|lock" * lock)
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and ours.fullmatch(path.name)):
+        path.unlink()
+    if lock:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def finished(folder):
@@ -462,14 +500,14 @@ def prepare(args):
     tokenizer = args.tokenizer or ("gpt2" if source is hub else "bytes")
     encoding = get_tokenizer(tokenizer)
     dtype = np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32
-    folder = Path(args.out) / Path(args.name).name
-    made_of = args.source or args.input or HUB.get(args.name, args.name)
+    folder = Path(os.path.realpath(Path(args.out) / Path(args.name).name))  # which may be a link to another disk
+    made_of = dict(source=args.source or args.input or HUB.get(args.name, args.name), tokenizer=tokenizer)
+    made_of["options"] = {name: getattr(args, name) for name in OPTIONS}
     there = finished(folder)
-    if there and (there.get("source"), there["tokenizer"]) != (made_of, tokenizer) and not args.overwrite:
-        raise UserError(
-            f"{folder} holds {there.get('source')} in tokens of {there['tokenizer']}, and this is {made_of} in tokens of "
-            f"{tokenizer}: choose another name, or replace it with --overwrite"
-        )
+    if there and not args.overwrite:
+        then, now = (about | about.get("options", {}) for about in (there, made_of))
+        if differs := [f"{k}={then[k]}, not {v}" for k, v in now.items() if k != "options" and then.get(k, v) != v]:
+            raise UserError(f"{folder} has {'; '.join(differs)}: choose another name, or replace it with --overwrite")
     work = hub(args) if source is hub else batches(source(args))
     first = next(work, None)  # a source that cannot be read or is empty fails here, before any work
     if not first:
@@ -477,20 +515,26 @@ def prepare(args):
     partial = Path(f"{folder}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with lock(partial, "wait for its end, or choose another name"):
+        clear(partial)  # of what a run that was killed has left
         try:
-            for left in partial.glob("*.npy*"):  # by a run that was killed
-                left.unlink()
             meta = write_shards(args, tokenizer, encoding, dtype, partial, itertools.chain([first], work), source is text_files)
-            meta |= dict(name=args.name, source=made_of)
+            meta |= dict(name=args.name) | made_of
             with replacing(partial / "meta.json") as file:
                 file.write(json.dumps(meta, indent=1).encode())
             folder.mkdir(exist_ok=True)
-            for old in (*folder.glob("meta.json"), *folder.glob("*.npy*")):  # meta.json first: from here on it is unfinished
-                old.unlink()
-            for path in (*partial.glob("*.npy"), partial / "meta.json"):
-                path.rename(folder / path.name)
+        except BaseException:
+            clear(partial, lock=True)
+            raise
+        # from here on there is no way back: Ctrl-C waits, and what cannot be moved stays where it is
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            clear(folder)
+            for shard in (shard["file"] for shards in meta["shards"].values() for shard in shards):
+                os.rename(partial / shard, folder / shard)
+            os.rename(partial / "meta.json", folder / "meta.json")
+            clear(partial, lock=True)
         finally:
-            shutil.rmtree(partial)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     seconds = time.time() - started
     for split, shards in meta["shards"].items():
         tokens = sum(shard["tokens"] for shard in shards)
@@ -507,17 +551,20 @@ def write_shards(args, tokenizer, encoding, dtype, folder, work, marks):
     counts = {split: collections.Counter() for split in writers}
     room = args.max_tokens or float("inf")  # tokens that the training split still takes
 
-    def wanted():
-        return (batch for batch in work if room > 0 or (isinstance(batch, Rows) and batch.split == "val"))
+    def wanted():  # when the training split is full, only what is for validation
+        return (batch for batch in work if room > 0 or (batch.split == "val" if isinstance(batch, Rows) else True))
 
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
     ahead = 16 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
     progress = tqdm(unit="B", unit_scale=True, desc=args.name, disable=None)
     with progress, ProcessPoolExecutor(args.workers, context, start_worker) as pool:
         for done in in_order(pool, functools.partial(encode, tokenizer, dtype, marks and not args.raw), wanted(), ahead):
+            full = room <= 0
             for split, (tokens, count) in done.items():
+                if full and count["held out"]:  # which would depend on how many batches are ahead
+                    continue
                 if split == "train":
-                    tokens, room = tokens[: int(min(room, len(tokens)))], room - len(tokens)
+                    tokens, room = tokens[: int(max(0, min(room, len(tokens))))], room - len(tokens)
                 writers[split].add(tokens)
                 counts[split] += count
                 progress.update(count["bytes"])

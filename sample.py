@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 class Config:
     out_dir: PathName = "out"  # folder of the checkpoint
     ckpt: str = "best.pt"  # its file in there: best.pt, of least validation loss, or ckpt.pt, the latest
-    init_from: PathName = "resume"  # resume: the checkpoint; gpt2, gpt2-medium, ... or a folder: released weights without one
+    init_from: PathName = "resume"  # resume: the checkpoint; X.pt: another; gpt2, gpt2-xl, ... or a folder: released weights
     start: str = ""  # the prompt, or FILE:path of one
     num_samples: int = 1  # texts to generate
     max_new_tokens: int = 500  # longest continuation, in tokens
@@ -46,7 +46,7 @@ class Config:
         if self.top_k is not None and self.top_k < 1:
             problems.append(f"top_k={self.top_k} must be at least 1, or None for all tokens")
         if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p} must lie above 0 and at most at 1")
+            problems.append(f"top_p={self.top_p} must be above 0 and at most 1")
         if self.temperature != 0 and not 1e-3 <= self.temperature < math.inf:
             problems.append(f"temperature={self.temperature} must be 0 or at least 0.001, and finite")
         if problems:
@@ -56,21 +56,21 @@ class Config:
 def load(cfg, device):
     """The model and its tokenizer. Raises UserError."""
     choices = {} if cfg.n_loop is None else dict(n_loop=cfg.n_loop)
-    if cfg.init_from == "resume":
-        path = os.path.join(cfg.out_dir, cfg.ckpt)
+    if cfg.init_from == "resume" or cfg.init_from.endswith(".pt"):
+        path = os.path.join(cfg.out_dir, cfg.ckpt) if cfg.init_from == "resume" else cfg.init_from
         model, state = checkpoint.load_model(path, device, **choices)
         return model, get_tokenizer(state["tokenizer"])
-    config, weights = checkpoint.gpt2(cfg.init_from)
+    config, weights, tokenizer = checkpoint.gpt2(cfg.init_from)
     model = GPT(GPTConfig(**config | choices)).eval()
     model.load_state_dict(weights)
-    return model.to(device), get_tokenizer("gpt2")
+    return model.to(device), get_tokenizer(tokenizer)
 
 
 def prompt(start):
     """The prompt's text. Raises UserError for a file that cannot be read."""
     if start.startswith("FILE:"):
         try:
-            with open(os.path.expanduser(start.removeprefix("FILE:")), encoding="utf-8") as file:
+            with open(os.path.expanduser(start.removeprefix("FILE:")), encoding="utf-8-sig") as file:
                 return file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the prompt {start}: {error}") from None

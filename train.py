@@ -321,7 +321,7 @@ def train(cfg, signals, until_end):
         checkpoint.save(cfg.out_dir, state, best)
 
     def give_up(what):
-        log.write(step=run.step, stopped=what)
+        log.stopped(what)
         kept = "there is no checkpoint yet" if saved is None else f"{latest} is as it was after {saved} steps"
         advice = "go on with --init_from=resume, a lower learning_rate and a longer warmup_iters"
         raise UserError(f"step {run.step}: {what}: stopped before the update. {kept}: {advice}")

@@ -26,8 +26,10 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in,
 
 def export_model(model):
     """A GPT2LMHeadModel with the weights of a GPT. Raises UserError if it is no MHA."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise UserError("experiments.export needs transformers: pip install transformers") from None
     c, sizes = (
         model.config,
         ("variant", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias", "reversible"),
@@ -73,7 +75,9 @@ def main(arguments):
     args = parser.parse_args(arguments)
     model, state = checkpoint.load_model(os.path.join(args.out_dir, args.ckpt))
     theirs, encoding = export_model(model), get_tokenizer(state["tokenizer"])
-    theirs.config.bos_token_id = theirs.config.eos_token_id = encoding.eot_token
+    for config in theirs.config, theirs.generation_config:
+        config.bos_token_id = config.eos_token_id = encoding.eot_token
+    theirs.config.tiktoken_name = state["tokenizer"]  # for our own programs, which read the folder too
     tokenizer = export_tokenizer(encoding)
     tokenizer.model_max_length = model.config.block_size
     for part in theirs, tokenizer:

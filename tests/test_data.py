@@ -156,6 +156,15 @@ def test_test_text_is_never_trained_on(here, tmp_path, capsys):
     names = {"a.train.txt": "train", "VALID-b.txt": "val", "my_test.md": "test", "latest.txt": "neither"}
     for name, text in names.items():
         (tmp_path / name).write_text(f"{text} text\n" * 9)
+    for split in ("training", "dev", "test"):
+        (tmp_path / "parts" / split).mkdir(parents=True)
+        (tmp_path / "parts" / split / "part0.txt").write_text(f"{split} text\n" * 9)
+    folder = here("folders", "--input", tmp_path / "parts")
+    assert (documents(folder, "train"), documents(folder, "val")) == (["training text\n" * 9], ["dev text\n" * 9])
+    folder = here("alone", "--input", tmp_path / "my_test.md")  # the only file there is
+    assert documents(folder, "train")[0].startswith("test text")
+    with pytest.raises(UserError, match="all files of --input are for validation or tests"):
+        here("none", "--input", tmp_path / "my_test.md", tmp_path / "VALID-b.txt")
     folder = here("mine", "--input", *(tmp_path / name for name in names))
     assert (documents(folder, "train"), documents(folder, "val")) == (["train text\n" * 9], ["val text\n" * 9])
     out = capsys.readouterr().out
@@ -198,13 +207,13 @@ def test_what_is_not_utf_8_is_named(here, tmp_path, content, byte, position):
 
 def test_end_of_text_in_a_file_ends_a_document(here, tmp_path):
     """As in TinyStories' own files, also behind the last document; --raw keeps it as text."""
-    (tmp_path / "stories-train.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>")
+    (tmp_path / "stories-train.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
     (tmp_path / "stories-valid.txt").write_text("three\n<|endoftext|>\nfour\n")
     folder = here("mine", "--input", tmp_path)
     assert documents(folder, "train") == ["one\n", "\ntwo\n"] and documents(folder, "val") == ["three\n", "\nfour\n"]
     assert read_meta(folder)["documents"] == dict(train=2, val=2)
     folder = here("raw", "--raw", "--input", tmp_path)
-    assert documents(folder, "train") == ["one\n<|endoftext|>\ntwo\n<|endoftext|>"]
+    assert documents(folder, "train") == ["one\n<|endoftext|>\ntwo\n<|endoftext|>\n"]
 
 
 def test_a_validation_split_is_found_without_a_line_end(here, tmp_path):
@@ -212,7 +221,8 @@ def test_a_validation_split_is_found_without_a_line_end(here, tmp_path):
     text = "é" * 1000
     (tmp_path / "input.txt").write_text(text)
     for fraction, held in ((None, 100), (0.5, 500)):
-        folder = here("mine", "--input", tmp_path / "input.txt", *([f"--val_fraction={fraction}"] if fraction else []))
+        more = [f"--val_fraction={fraction}", "--overwrite"] if fraction else []
+        folder = here("mine", "--input", tmp_path / "input.txt", *more)
         (train,), (val,) = documents(folder, "train"), documents(folder, "val")
         assert train + val == text and len(val) == held
 
@@ -235,12 +245,60 @@ def test_finished_data_is_not_replaced_unasked(here, tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"{name} line\n" * 100)
     folder = here("mine", "--input", tmp_path / "a.txt")
     (folder / "notes").write_text("mine")
-    with pytest.raises(UserError, match="mine holds .*a.txt.* in tokens of bytes, .*b.txt.*--overwrite"):
-        here("mine", "--input", tmp_path / "b.txt")
-    here("mine", "--input", tmp_path / "a.txt", "--val_fraction=0.5")
+    for flags, words in (
+        (["b.txt"], "source=.*a.txt.*, not .*b.txt"),
+        (["a.txt", "--val_fraction=0.5"], "val_fraction=None, not 0.5"),
+    ):
+        with pytest.raises(UserError, match=f"{words}.*--overwrite"):
+            here("mine", "--input", tmp_path / flags[0], *flags[1:])
+    here("mine", "--input", tmp_path / "a.txt")
+    here("mine", "--input", tmp_path / "a.txt", "--val_fraction=0.5", "--overwrite")
     assert len(documents(folder, "val")[0]) == 350
     here("mine", "--input", tmp_path / "b.txt", "--overwrite")
     assert "b line" in documents(folder, "val")[0] and (folder / "notes").read_text() == "mine"
+
+
+def test_only_its_own_files_are_replaced(here, tmp_path):
+    """In the folder, which may be a link to another disk, and beside it; Ctrl-C between the moves comes after them."""
+    (tmp_path / "a.txt").write_text("a line\n" * 100)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "mine").symlink_to("disk")
+    others = [
+        tmp_path / "disk" / "vectors.npy",
+        tmp_path / "disk" / "train_000.npy.bak",
+        tmp_path / "disk.partial" / "thesis.txt",
+    ]
+    (tmp_path / "disk.partial").mkdir()
+    for path in others:
+        path.write_text("mine")
+    rename, renamed = os.rename, []
+
+    def interrupted(*names):
+        renamed.append(names)
+        if len(renamed) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        rename(*names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            here("mine", "--input", tmp_path / "a.txt")
+    assert documents(tmp_path / "mine", "val") and (tmp_path / "mine").is_symlink()
+    assert all(path.read_text() == "mine" for path in others)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_max_tokens_does_not_depend_on_the_workers(tmp_path, monkeypatch, workers):
+    """Of rows that hold some out, and of a text whose end is held out: just so many tokens, and the same validation split."""
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", lambda workers, *spawn: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(prepare, "BATCH", 2000)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=f"row {i:5} " * 20)) + "\n" for i in range(2000)))
+    (tmp_path / "b.txt").write_text("".join(f"line {i:5}\n" for i in range(20_000)))
+    for name, files in (("rows", ["a.jsonl"]), ("text", ["b.txt"])):
+        knobs = ["--tokenizer=bytes", "--max_tokens=30000", f"--workers={workers}", f"--out={tmp_path}", "--val_fraction=0.1"]
+        prepare.main([name, "--input", *(str(tmp_path / f) for f in files), *knobs])
+        assert len(tokens(tmp_path / name, "train")) == 30_000
+    assert len(documents(tmp_path / "rows", "val")) == 17 and documents(tmp_path / "text", "val")[0].startswith("line 18000")
 
 
 def test_rows_of_files(here, tmp_path):
@@ -261,7 +319,7 @@ def test_rows_of_files(here, tmp_path):
         "few", "--input", tmp_path / "a.jsonl", "--column=body", "--tokenizer=bytes", "--max_tokens=9", "--val_fraction=0.2"
     )
     assert len(tokens(folder, "train")) == 9 and documents(folder, "val") == ["row 4", "row 9"]
-    for column, words in (("text", "no column text of text in its split train, only body"), ("id", "no column id of text")):
+    for column, words in (("text", "no text column text in its split train; .* body"), ("id", "no text column id")):
         with pytest.raises(UserError, match=words):
             here("wrong", "--input", tmp_path / "a.jsonl", f"--column={column}", "--tokenizer=bytes")
 
@@ -276,8 +334,12 @@ def test_rows_of_files(here, tmp_path):
         (["mine", "--source", "{0}"], "give the folder as --input"),
         (["mine", "--input", "{0}/broken.txt"], "does not exist"),
         (["mine", "--input", "{0}/empty"], "there is no text in mine"),
-        (["mine", "--input", "{0}/a.txt", "--encoding=x"], "--encoding x"),
-        (["mine", "--input", "{0}/a.txt", "--val_fraction=1"], "between 0 and 1"),
+        (["mine", "--input", "{0}/a.txt", "--encoding=x"], "text encoding x"),
+        (["mine", "--input", "{0}/a.txt", "--encoding=base64"], "text encoding base64"),
+        (["mine", "--input", "{0}/a.txt", "--encoding=utf-16"], "utf-16-le or utf-16-be"),
+        (["mine", "--input", "{0}/a.txt", "--val_fraction=1"], "at most 0.5"),
+        (["mine", "--input", ""], "empty name"),
+        (["mine", "--input", "{0}/rows.jsonl"], "every line must be one row"),
         (["mine", "--input", "{0}/a.txt", "{0}/rows.csv"], "under two names"),
         (["mine", "--inp", "{0}/a.txt"], "--help"),
     ],
@@ -291,6 +353,7 @@ def test_inputs_that_cannot_be_meant_are_refused(here, tmp_path, monkeypatch, ar
     (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
     if "rows" in arguments[-1]:
         (tmp_path / "in" / "rows.csv").write_text("text\na\n")
+        (tmp_path / "in" / "rows.jsonl").write_text("no row\n")
     with pytest.raises(UserError, match=words):
         prepare.main([*(a.format(tmp_path / "in") for a in arguments), f"--out={tmp_path}", "--tokenizer=bytes"])
 
@@ -408,7 +471,7 @@ def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ("old --source=copy --tokenizer=bytes", ("column text", "body")),
+        ("old --source=copy --tokenizer=bytes", ("text column text", "body")),
         ("old --source=nowhere --tokenizer=bytes", ("--source nowhere does not exist",)),
         ("old --input=nowhere", ("--input nowhere does not exist",)),
         ("old --tokenizer=gpt5 --input=copy", ("'gpt5'", "bytes", "cl100k_base")),
@@ -417,7 +480,7 @@ def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
         ("old --shard_tokens=0 --input=copy", ("--shard_tokens", "at least 1")),
         ("old --inputs=copy", ("--inputs", "--help")),
         ("--source=copy", ("--source", "minipile")),
-        ("old --input=copy --tokenizer=bytes", ("column text", "body")),
+        ("old --input=copy --tokenizer=bytes", ("text column text", "body")),
         ("old/.. --input=copy", ("'old/..'", "folder below")),
         ("old --out=file --input=file", ("file", "--out")),
     ],
@@ -440,7 +503,7 @@ def test_a_killed_run_leaves_the_old_data_and_is_repeated_exactly(here, tmp_path
     """Killed at its third shard, over an older data set: its worker ends, the old data stays, and a new run replaces it."""
     command = ["lis", "--documents=1000", "--shard_tokens=10000"]
     expected = hashes(here(*command))
-    folder = here(*command, "--seed=1")
+    folder = here(*command, "--seed=1", "--overwrite")
     old = hashes(folder)
     assert old != expected
     killing = (
@@ -449,12 +512,12 @@ def test_a_killed_run_leaves_the_old_data_and_is_repeated_exactly(here, tmp_path
         "prepare.main(sys.argv[1:])"
     )
     killed = subprocess.run(
-        [sys.executable, "-c", killing, *command, "--workers=1", f"--out={tmp_path}"],
+        [sys.executable, "-c", killing, *command, "--overwrite", "--workers=1", f"--out={tmp_path}"],
         env=offline(tmp_path), capture_output=True, timeout=60,  # a worker that lives on keeps these pipes open
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert hashes(folder) == old and (tmp_path / "lis.partial" / "train_001.npy").exists()
-    assert hashes(here(*command)) == expected and not (tmp_path / "lis.partial").exists()
+    assert hashes(here(*command, "--overwrite")) == expected and not (tmp_path / "lis.partial").exists()
     assert len(list(folder.glob("train_*.npy"))) == len(expected["train"])
 
 
@@ -483,7 +546,7 @@ def test_a_full_disk_is_one_line_and_the_old_data_stays(tmp_path):
     assert shell("lis", "--documents=100", "--workers=1", cwd=tmp_path).returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "data" / "lis").iterdir()}
     limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
-    done = shell("lis", "--documents=1000", "--workers=1", cwd=tmp_path, **limit)
+    done = shell("lis", "--documents=1000", "--workers=1", "--overwrite", cwd=tmp_path, **limit)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "free some space" in line
@@ -629,6 +692,8 @@ def test_values_take_the_type_of_their_knob(tmp_path):
     for arguments in (["--depth", "2", "--causal", "--name", "a b"], ["--depth", "2", "--causal", "true", "--name=a b"]):
         assert parse(Knobs, arguments) == Knobs(depth=2, causal=True, name="a b")
     assert parse(Knobs, ["--beta", "-1.5", "--causal", "False"]) == Knobs(beta=-1.5, causal=False)
+    with pytest.raises(UserError, match="--name needs a value; one that begins with -- is given as --name=--"):
+        parse(Knobs, ["--name", "--causal"])
     with pytest.raises(UserError, match="no knob is named 'depht'; did you mean depth"):
         parse(Knobs, ["--depht", "2"])
     knobs = parse(Knobs, ["--beta=2", "--beta=None", "--causal=true", "--learning_rate=3e-4", "--name=a=b"])

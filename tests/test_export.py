@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import sample
 from conftest import needs, save_run, tiny
 from data import get_tokenizer
 from experiments import export
@@ -12,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_transformers_loads_the_same_model(tmp_path, bias):
+def test_transformers_loads_the_same_model(tmp_path, bias, capsys):
     """Equal logits, without biases too, and text that both encode and continue alike."""
     model = tiny(noise=0.3, bias=bias)
     save_run(tmp_path / "run", model)
@@ -24,6 +25,8 @@ def test_transformers_loads_the_same_model(tmp_path, bias):
     torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], rtol=1e-5, atol=1e-5)
     mine, text = model.generate(idx, 9, temperature=0), theirs.generate(idx, max_new_tokens=9, do_sample=False)
     assert mine[0, : text.size(1)].tolist() == text[0].tolist()
+    sample.main([f"--init_from={tmp_path / 'hub'}", "--start=Wie", "--max_new_tokens=1"])  # with the tokenizer that it had
+    assert "\nWie" in capsys.readouterr().out
 
 
 @needs("tiktoken_cache")

@@ -290,7 +290,7 @@ def test_gpt2_is_fine_tuned_as_another_system(tmp_path, gpt2_folder):
 
 def test_weights_of_another_tokenizer_are_refused(data, trained, tmp_path, gpt2_folder):
     """With both names, whatever the sizes, unless they are asked for."""
-    folder, _ = gpt2_folder()
+    folder, _ = gpt2_folder(vocab_size=50257)
     state = checkpoint.load(trained / "ckpt.pt")
     checkpoint.save(tmp_path, state | dict(tokenizer="cl100k_base"), best=False)
     for donor, name in ((folder, "gpt2"), (tmp_path / "ckpt.pt", "cl100k_base")):
@@ -368,6 +368,17 @@ def test_a_character_level_model_of_nanogpt_is_refused(tmp_path):
     """With the reason: its 65 characters are nowhere in the file."""
     with pytest.raises(UserError, match="65 tokens that are not GPT-2's.* pickle"):
         checkpoint.load(nanogpts(tmp_path / "n.pt", tiny(vocab_size=65)))
+
+
+def test_nanogpts_checkpoints_are_no_runs_of_ours(data, tmp_path, capsys):
+    """To resume one is refused with the remedy; sampling takes it by its name, and says where a checkpoint is."""
+    nanogpts(tmp_path / "ckpt.pt", tiny(vocab_size=50304, n_embd=4))
+    with pytest.raises(UserError, match="is nanoGPT's, and cannot be resumed: .*--init_from="):
+        fit(data, tmp_path, init_from="resume")
+    with pytest.raises(UserError, match="no checkpoint at .*best.pt, only .*ckpt.pt: take it with --ckpt=ckpt.pt"):
+        sample.main([f"--out_dir={tmp_path}"])
+    sample.main([f"--init_from={tmp_path / 'ckpt.pt'}", "--start=a", "--max_new_tokens=1"])
+    assert capsys.readouterr().out.startswith("a")
 
 
 def test_a_device_that_cannot_be_used_is_named(data, trained, tmp_path, monkeypatch):
