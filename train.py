@@ -381,12 +381,11 @@ def train(cfg, signals, until_end):
                 machine.scaler.step(opt)
         machine.scaler.update()
         model.zero_grad(set_to_none=True)
-
-        # the log
         log.trained(step, loss, rate, norm)
 
     log.finish()
     if machine.world > 1:
+        del running  # first: as the last owner of the process group it would wait for gloo's threads, and they for Python
         dist.destroy_process_group()
 
 
