@@ -277,7 +277,8 @@ def hub(args):
             f"cannot load the data set {name}: {reason}; connect to the network, give a local copy with --source DIR, or "
             "choose a configuration with --config"
         ) from None
-    used = {split: ours[split] for split in data if ours.get(split) in ("train", "val")}
+    order = (*args.train, *args.val) if args.train and args.val else data
+    used = {split: ours[split] for split in order if split in data and ours.get(split) in ("train", "val")}
     missing = [split for split in (*args.train, *args.val) if split not in data]
     if missing or "train" not in used.values():
         raise UserError(f"{name} has the splits {', '.join(data)}: choose with --train and --val")

@@ -451,6 +451,26 @@ def parquet(folder, **columns):
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "data" / "train-00000-of-00001.parquet", row_group_size=700)
 
 
+def test_splits_of_other_names_and_columns_of_other_kinds(here, tmp_path, monkeypatch):
+    """Several for training and one for validation, as asked for; a column of lists is no text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "copy" / "data").mkdir(parents=True)
+    for split in ("sft", "more", "held", "unused"):
+        table = pyarrow.table(dict(text=[f"{split} {i}" for i in range(3)], parts=[["a", "b"]] * 3))
+        pyarrow.parquet.write_table(table, tmp_path / "copy" / "data" / f"{split}-00000-of-00001.parquet")
+    knobs = ["--source", tmp_path / "copy", "--tokenizer=bytes", "--train", "sft", "more"]
+    folder = here("owner/chat", *knobs, "--val", "held")
+    assert [t.split()[0] for t in documents(tmp_path / "chat", "train")] == ["sft"] * 3 + ["more"] * 3
+    assert [t.split()[0] for t in documents(tmp_path / "chat", "val")] == ["held"] * 3 and folder
+    with pytest.raises(UserError, match="has the splits .*: choose with --train and --val"):
+        here("owner/none", "--source", tmp_path / "copy", "--tokenizer=bytes")
+    with pytest.raises(UserError, match="no text column parts in its split .*; its text columns: text; choose with --column"):
+        here("owner/lists", *knobs, "--column=parts")
+
+
 def test_without_a_validation_split_one_document_in_2000_is_held_out(tmp_path):
     """Documents 2,000 and 4,000 of 4,100, and the others for training in their order, over several batches and Arrow files."""
     texts = [f"story {i:4} " * 100 for i in range(1, 4101)]

@@ -20,7 +20,7 @@ import checkpoint
 import sample
 import train
 from configurator import parse
-from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, flags, losses, needs, run, tiny
+from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, flags, losses, needs, run, save_run, tiny
 from data import get_tokenizer
 from experiments import plot
 from guard import UserError
@@ -447,6 +447,14 @@ def test_end_of_text_in_a_prompt_is_the_token(trained, capsys, monkeypatch):
     monkeypatch.setattr(GPT, "stream", lambda self, idx, *a, **k: seen.append(idx.tolist()) or stream(self, idx, *a, **k))
     sample.main([f"--out_dir={trained}", "--max_new_tokens=1", "--start=<|endoftext|>1<|endoftext|>"])
     assert seen == [[[256, ord("1"), 256]]] and capsys.readouterr().out.startswith("1")
+
+
+def test_a_prompt_beyond_the_token_table_is_refused(tmp_path):
+    """As when a model has fewer rows than its tokenizer has tokens."""
+    save_run(tmp_path, tiny(vocab_size=100))
+    for start, token in (("~", 126), ("é", 195)):
+        with pytest.raises(UserError, match=f"the prompt has the token {token}, the model knows 100"):
+            sample.main([f"--out_dir={tmp_path}", f"--start={start}"])
 
 
 def test_text_comes_as_it_is_generated(trained):
