@@ -78,7 +78,7 @@ class Log:
     def __init__(self, cfg, run, machine, model):
         self.cfg, self.run, self.machine, self.flops_per_token = cfg, run, machine, device.flops_per_token(model)
         self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-        self.path, self.began = os.path.join(cfg.out_dir, "metrics.jsonl"), time.time()
+        self.path, self.start, self.began = os.path.join(cfg.out_dir, "metrics.jsonl"), run.step, time.time()
         self.writing = machine.master and not cfg.eval_only
         self.lines, self.metrics, self.tracker, self.held = [], None, None, contextlib.ExitStack()
         shown = machine.master and os.isatty(1)
@@ -162,7 +162,7 @@ class Log:
         begins. So a run that does not get as far as its first step, or its first checkpoint, leaves it alone.
         """
         if not self.metrics:
-            self.metrics = open_metrics(self.path, self.run.step)
+            self.metrics = open_metrics(self.path, self.start)
             if self.tracker:
                 with replacing(os.path.join(self.cfg.out_dir, "logger_id")) as file:
                     file.write(self.logger_id.encode())

@@ -214,7 +214,7 @@ def test_the_harness_own_adapter_finds_the_same(tmp_path, monkeypatch):
     assert tokenizer.encode(" ü\n") == list(" ü\n".encode())
     hf = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=3, device="cpu")
 
-    choices, weights = checkpoint.gpt2(str(tmp_path))
+    choices, weights, _ = checkpoint.gpt2(str(tmp_path))
     model = GPT(GPTConfig(**choices)).eval()
     model.load_state_dict(weights)
     lm = adapter(model, 4)

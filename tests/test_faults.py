@@ -170,6 +170,18 @@ torch.save = torch_save"""
     assert checkpoint.load(tmp_path / "ckpt_prev.pt")["step"] == 16
 
 
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_written_once(data, whole, tmp_path):
+    """Lines of steps that the resumed run takes again go, also those of evaluations, whenever it first writes."""
+    fit(data, tmp_path, **STEPS | dict(max_iters=8))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        for line in whole[1][whole[1].index(next(m for m in whole[1] if m["step"] == 8 and "train_loss" in m)) :][:9]:
+            file.write(json.dumps(line | dict(seconds=0)) + "\n")
+    state, metrics = fit(data, tmp_path, init_from="resume", log_interval=7, **STEPS)
+    assert [step for step, *_ in losses(metrics)] == sorted(step for step, *_ in losses(metrics))
+    assert [m["step"] for m in metrics if "val_loss" in m] == [0, 8, 16, 20]
+    assert [m["step"] for m in metrics if "train_loss" in m] == [*range(8), 14]
+
+
 @pytest.mark.slow
 def test_killed_fifty_times(data, tmp_path):
     """kill -9 at random moments of a real run, each time resumed: in the end it is the run that nobody touched."""
