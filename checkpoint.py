@@ -238,7 +238,7 @@ def surgery(config, donor, weights):
     weights = {k: v[: config.block_size] if k.endswith(("wpe.weight", "vpe.weight")) else v for k, v in weights.items()}
 
     def differs(config, *free):
-        """The donor's choices that config makes differently, but for the free ones."""
+        """The donor's choices that config makes differently, except the free ones."""
         free += ("variant", "block_size", "dropout", "reversible", *sizes)
         return [choice for choice, value in donor.items() if choice not in free and getattr(config, choice) != value]
 

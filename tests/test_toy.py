@@ -30,7 +30,7 @@ def test_noiseless_regression_is_solved_by_least_squares(monkeypatch):
     w = torch.linalg.lstsq(x, y).solution
     assert (x @ w - y).abs().max() < 1e-3  # one w for all examples of a sequence
     assert y.var().item() == pytest.approx(1, rel=0.1) and not w[0].allclose(w[1])
-    errors = toy.ridge(x, y)  # exact, once there are as many examples as unknowns, but for sequences nearly degenerate
+    errors = toy.ridge(x, y)  # exact, once there are as many examples as unknowns, unless a sequence is nearly degenerate
     assert errors[0] == pytest.approx(y[:, 0].square().mean().item()) and errors[-1] < 1e-6
     assert (errors[: toy.D] > 0.05).all()
 
