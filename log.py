@@ -19,11 +19,10 @@ from model import GPTConfig, Scalar
 
 def say(text):
     """A line on standard output, beside a progress bar; of several processes only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and sys.stdout:  # which a daemon may not have
         with going_on():
             tqdm.write(text)
-            if sys.stdout:  # which a daemon may not have
-                sys.stdout.flush()
+            sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -293,6 +293,12 @@ def hub(args):
             )
     rows = sum(len(data[split]) for split in used)
     each = None if "val" in used.values() else min(every(args.val_fraction or 1 / 2000), max(rows, 2))
+    if rows == 1 and each:  # the end of the one text is held out
+        ((split, _),) = used.items()
+        text = data[split][0][args.column] or ""
+        cut = int((1 - (args.val_fraction or 0.1)) * len(text))
+        yield [("train", text[:cut], True), ("val", text[cut:], True)]
+        return
     for split in used:
         before = 0  # rows in the files before this one
         for file in data[split].cache_files:
@@ -562,10 +568,15 @@ def write_shards(args, tokenizer, encoding, dtype, folder, work, marks):
         for done in in_order(pool, functools.partial(encode, tokenizer, dtype, marks and not args.raw), wanted(), ahead):
             full = room <= 0
             for split, (tokens, count) in done.items():
-                if full and count["held out"]:  # which would depend on how many batches are ahead
+                if full and (split == "train" or count["held out"]):  # which would depend on how many batches are ahead
                     continue
                 if split == "train":
-                    tokens, room = tokens[: int(max(0, min(room, len(tokens))))], room - len(tokens)
+                    if len(tokens) > room:
+                        tokens = tokens[:room]
+                        text = encoding.decode_bytes(tokens[tokens != encoding.eot_token].tolist())
+                        count["documents"] = int(np.count_nonzero(tokens == encoding.eot_token))
+                        count["bytes"] = len(text)
+                    room -= len(tokens)
                 writers[split].add(tokens)
                 counts[split] += count
                 progress.update(count["bytes"])

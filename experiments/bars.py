@@ -116,7 +116,7 @@ def positions(args):
 def depth(args):
     sizes = sized(args, BYTES, n_embd=256, n_head=4, batch_size=8)
     steps = [bench.training_step(sizes, "MHA", **bench.POLYAK, reversible=True, n_layer=n) for n in (6, 48)]
-    # without the gradients, all of which are there when it peaks
+    # without the gradients: at the peak all of them are there
     shallow, deep = (bench.peak(step) - step.gradients / 2**20 for step in steps)
     yield "reversible: peak activation memory of 48 layers over 6", deep / shallow
 

@@ -239,6 +239,15 @@ def test_a_million_spaces(here, tmp_path):
     assert documents(here("rows", "--input", rows), "train") == [text]
 
 
+def test_a_data_set_of_one_row_is_divided(here, tmp_path):
+    """Its end is held out, since there is no other row."""
+    text = "a word " * 300
+    (tmp_path / "one.jsonl").write_text(json.dumps(dict(text=text)))
+    folder = here("one", "--input", tmp_path / "one.jsonl", "--tokenizer=bytes")
+    (train,), (val,) = documents(folder, "train"), documents(folder, "val")
+    assert train + val == text and len(val) == 210
+
+
 def test_finished_data_is_not_replaced_unasked(here, tmp_path):
     """By other text or other tokens of the same name; by the same text it is."""
     for name in "ab":
@@ -297,7 +306,10 @@ def test_max_tokens_does_not_depend_on_the_workers(tmp_path, monkeypatch, worker
     for name, files in (("rows", ["a.jsonl"]), ("text", ["b.txt"])):
         knobs = ["--tokenizer=bytes", "--max_tokens=30000", f"--workers={workers}", f"--out={tmp_path}", "--val_fraction=0.1"]
         prepare.main([name, "--input", *(str(tmp_path / f) for f in files), *knobs])
-        assert len(tokens(tmp_path / name, "train")) == 30_000
+        kept = tokens(tmp_path / name, "train")
+        meta = read_meta(tmp_path / name)
+        assert len(kept) == 30_000 and meta["bytes"]["train"] == np.count_nonzero(kept != 256)
+        assert meta["documents"]["train"] == np.count_nonzero(kept == 256)
     assert len(documents(tmp_path / "rows", "val")) == 17 and documents(tmp_path / "text", "val")[0].startswith("line 18000")
 
 

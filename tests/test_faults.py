@@ -267,6 +267,13 @@ def test_a_reader_that_goes_away_does_not_end_the_run(data, tmp_path):
     assert process.wait(180) == 0 and checkpoint.load(tmp_path / "ckpt.pt")["step"] == 40
 
 
+def test_a_run_needs_no_standard_output(data, tmp_path):
+    """As a daemon that was started with it closed."""
+    command = [sys.executable, "train.py", *flags(data, tmp_path, max_iters=3)]
+    subprocess.run(["bash", "-c", 'exec "$@" >&-', "bash", *command], cwd=ROOT, check=True, timeout=180)
+    assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 3
+
+
 def test_two_runs_never_share_a_folder(data, tmp_path):
     """The second is refused with the first's process and start, and goes on once that is killed; an evaluation may look."""
     knobs = STEPS | dict(max_iters=9_000, eval_interval=9_000)

@@ -38,7 +38,7 @@ def test_a_run_learns_and_says_so(data, tmp_path, optimizer):
     assert trained[-1]["tokens"] == evaluated[-1]["tokens"] == 60 * 8 * 32
     for key in ("lr", "grad_norm", "tokens_per_second", "memory_gb", "seconds"):
         assert trained[-1][key] > 0
-    # a byte is a token here, but for the end of the one document
+    # a byte is a token here; the end of the one document is one more
     assert evaluated[-1]["val_bits_per_byte"] == pytest.approx(evaluated[-1]["val_loss"] / math.log(2), rel=0.01)
     best = checkpoint.load(tmp_path / "best.pt")
     assert best["best_loss"] == min(m["val_loss"] for m in evaluated)
