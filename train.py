@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -141,6 +142,20 @@ def set_rate(opts, rate):
             group["lr"] = rate * group["peak"]
 
 
+class Loss(nn.Module):
+    """
+    A model as it is trained: inputs and targets, (B, T) each, to the loss alone. Logits that left a compiled step would cost
+    a gradient of zeros as large as they are.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, targets):
+        return self.model(idx, targets)[1]
+
+
 class Machine:
     """
     Where a run computes: one of `world` processes, its device, and the precision of its matrix products. Raises UserError if
@@ -151,7 +166,7 @@ class Machine:
         # processes: one, or several under torchrun
         environment = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1) | os.environ
         self.rank, local_rank, self.world = (int(environment[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        self.master, steps = self.rank == 0, cfg.gradient_accumulation_steps
+        self.distributed, self.master, steps = "RANK" in os.environ, self.rank == 0, cfg.gradient_accumulation_steps
         self.micro_steps = steps // self.world
         if steps % self.world:
             raise UserError(f"gradient_accumulation_steps={steps} must be a multiple of the {self.world} processes")
@@ -165,7 +180,7 @@ class Machine:
             raise UserError(
                 "reversible=True computes in float64, which mps does not have: take --device=cpu or reversible=False"
             )
-        if self.world > 1:
+        if self.distributed:
             dist.init_process_group("nccl" if self.kind == "cuda" else "gloo", timeout=timedelta(seconds=cfg.timeout))
 
         # precision: short matrix products where the hardware has them, float32 for the weights and the residual stream
@@ -196,28 +211,38 @@ class Machine:
         """The sums of these numbers over all processes."""
         precise = torch.float32 if self.kind == "mps" else torch.float64
         total = torch.stack([torch.as_tensor(number, dtype=precise, device=self.device) for number in numbers])
-        if self.world > 1:
+        if self.distributed:
             dist.all_reduce(total)
         return total.tolist()
 
     def prepare(self, model, data, compile):
-        """The model as it runs on this Data: compiled, if asked for and if it works, its gradients averaged over processes."""
-        running = model
-        if compile:
-            try:
-                running = torch.compile(model)
+        """
+        The model's Loss as it runs on this Data: its gradients averaged over processes, and compiled, if asked for and if it
+        works. The compiler sees the exchange of gradients and cuts its graph there, so that it begins within the backward pass.
+        """
+        running = Loss(model)
+        if self.distributed:
+            card = [torch.device(self.device)] if self.kind == "cuda" else None
+            running = DistributedDataParallel(running, card, gradient_as_bucket_view=True)
+        if not compile:
+            return running
+        try:
+            compiled = torch.compile(running)
+            with self.alone(running):
                 with self.autocast:
-                    loss = running(*data.batch(0))[1]
+                    loss = compiled(*data.batch(0))
                 loss.backward()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a missing or broken compiler raises, the model runs without it
-                say(f"torch.compile failed ({(str(error) or type(error).__name__).splitlines()[0]}): going on without it")
-                running = model
-            model.zero_grad(set_to_none=True)
-        if self.world > 1:
-            running = DistributedDataParallel(running, device_ids=[torch.device(self.device)] if self.kind == "cuda" else None)
-        return running
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a missing or broken compiler raises, the model runs without it
+            say(f"torch.compile failed ({(str(error) or type(error).__name__).splitlines()[0]}): going on without it")
+            compiled = running
+        model.zero_grad(set_to_none=True)
+        return compiled
+
+    def alone(self, running):
+        """Where a backward pass exchanges no gradients."""
+        return running.no_sync() if self.distributed else contextlib.nullcontext()
 
 
 class Data:
@@ -300,7 +325,8 @@ def train(cfg, signals, until_end):
     made_with = checkpoint.made_with(machine.device)
     model, opts, run = start(cfg, machine, data.meta, made_with)
     log, latest = until_end.enter_context(Log(cfg, run, machine, model)), os.path.join(cfg.out_dir, "ckpt.pt")
-    running = machine.prepare(model, data, cfg.compile)
+    steps_to_do = run.step < cfg.max_iters and not cfg.eval_only
+    running = machine.prepare(model, data, cfg.compile and steps_to_do)
     resumed_at = saved = run.step or None
 
     def save(best):
@@ -357,9 +383,9 @@ def train(cfg, signals, until_end):
         mean_loss = 0.0
         for i in range(machine.micro_steps):
             last = i == machine.micro_steps - 1  # the only backward pass in which the processes exchange gradients
-            with contextlib.nullcontext() if last or machine.world == 1 else running.no_sync():
+            with contextlib.nullcontext() if last else machine.alone(running):
                 with machine.autocast:
-                    loss = running(*data.batch(step * machine.micro_steps + i))[1]  # the logits are not kept
+                    loss = running(*data.batch(step * machine.micro_steps + i))
                 machine.scaler.scale(loss / machine.micro_steps).backward()
             mean_loss += loss.detach() / machine.micro_steps
         for opt in opts:
@@ -384,7 +410,7 @@ def train(cfg, signals, until_end):
         log.trained(step, loss, rate, norm)
 
     log.finish()
-    if machine.world > 1:
+    if machine.distributed:
         del running  # first: as the last owner of the process group it would wait for gloo's threads, and they for Python
         dist.destroy_process_group()
 

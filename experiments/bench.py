@@ -44,6 +44,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
     torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
 NANOGPT = "nanoGPT"
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 BYTES = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=257, batch_size=16)
 POLYAK = dict(momentum="polyak", momentum_on="both", beta=0.9)  # what reversible can invert
 
@@ -55,7 +56,7 @@ POLYAK = dict(momentum="polyak", momentum_on="both", beta=0.9)  # what reversibl
 def build(args, name, **choices):
     """The model of a row, a variant's or nanoGPT, and the function that runs it."""
     torch.manual_seed(0)
-    sizes = {k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    sizes = {size: getattr(args, size) for size in SIZES}
     if name != NANOGPT:
         if DEVICE == "cpu":
             keep_memory()  # as train.py does
@@ -71,7 +72,8 @@ def build(args, name, **choices):
         else:  # this process is the row's own
             definition.sdpa = F.scaled_dot_product_attention
             model = GPT(GPTConfig(bias=False, **sizes))
-    return model.to(DEVICE), torch.compile(model, dynamic=False) if compiled else model
+    whole = name != NANOGPT and not model.config.reversible  # which steps out of the compiler
+    return model.to(DEVICE), torch.compile(model, dynamic=False, fullgraph=whole) if compiled else model
 
 
 def synchronized():

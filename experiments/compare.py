@@ -275,6 +275,7 @@ def main(arguments):
     for unit in UNITS:
         budget.add_argument(f"--{unit}", type=float, help=f"{unit} of training, the same for every system")
     parser.add_argument("--learning_rates", nargs="+", type=float, help="rates to try with every system")
+    parser.add_argument("--out", default="results", help="folder of NAME.md, .png and .json")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     args = parser.parse_args(arguments[: arguments.index("--")] if "--" in arguments else arguments)
 
@@ -323,10 +324,11 @@ def main(arguments):
         systems={system: {rate: [read_run(work[f]) for f in of_seeds] for rate, of_seeds in rates.items()}
                  for system, rates in systems.items()},
     )  # fmt: skip
-    write(f"results/{args.name}.json", json.dumps(data) + "\n")
-    write(f"results/{args.name}.md", report(data))
+    result = os.path.join(args.out, args.name)
+    write(f"{result}.json", json.dumps(data) + "\n")
+    write(f"{result}.md", report(data))
     print(report(data))
-    draw(data, f"results/{args.name}.png")
+    draw(data, f"{result}.png")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,12 @@ class Records:
     def add(self, record):
         """Keep a record. Raises UserError if the file cannot be written."""
         self.all.append(record)
-        write(self.path, "[\n" + ",\n".join(map(json.dumps, self.all)) + "\n]\n")  # a line each
+        self.save()
         return record
+
+    def save(self):
+        """Write the file, as after a change of a record. Raises UserError."""
+        write(self.path, "[\n" + ",\n".join(map(json.dumps, self.all)) + "\n]\n")  # a line each
 
     def find_or(self, identity, compute):
         """The record that has all of these items or, if there is none, a new one of them and of what compute() returns."""
