@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import sys
+from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,11 +74,17 @@ def peak_flops(kind):
 
 def flops_per_token(model):
     """
-    Multiplications and additions of a training step of a GPT (forward and twice that backward) per token of a full context.
-    Fused attention is counted with all keys, attention in chunks with those that it multiplies.
+    Multiplications and additions of a training step of a GPT, forward and twice that backward, per token of a full context.
+    All keys are counted, as in [PaLM, arXiv 2204.02311] and nanoGPT, also those that a causal query does not see.
     """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        idx = torch.zeros(1, model.config.block_size, dtype=torch.long)
-        # the counter's hooks trip over views of parameters that want gradients
-        type(model)(model.config).requires_grad_(False)(idx, idx)
-    return 3 * counter.get_total_flops() / model.config.block_size
+
+    def forward(T):
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            idx = torch.zeros(1, T, dtype=torch.long)
+            # the counter's hooks trip over views of parameters that want gradients
+            type(model)(replace(model.config, block_size=T)).requires_grad_(False)(idx, idx)
+        return counter.get_total_flops()
+
+    # so short that attention is in one piece, which is a T + b T^2
+    a_plus_128b, a_plus_256b = forward(128) / 128, forward(256) / 256
+    return 3 * (a_plus_128b + (a_plus_256b - a_plus_128b) / 128 * (model.config.block_size - 128))

@@ -37,6 +37,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 # ---- the choices -----------------------------------------------------------------------------------------------------
 
@@ -167,7 +168,9 @@ def huber_attention(q, k, v, delta, dropout=0.0):
     """
 
     def pull(q, k):
-        squares = q.square().sum(-1, keepdim=True) + k.square().sum(-1)[..., None, :] - 2 * q @ k.mT
+        full = torch.promote_types(q.dtype, torch.float32)  # for a difference of large numbers
+        qq, kk = (t.to(full).square().sum(-1) for t in (q, k))
+        squares = qq[..., :, None] + kk[..., None, :] - 2 * (q @ k.mT)
         r = squares.clamp(min=1e-6).sqrt()  # away from 0, where the root has no gradient
         E = torch.where(r <= delta, r.square() / 2, delta * (r - delta / 2))
         p = (-E / math.sqrt(q.size(3))).masked_fill(~causal(E), -math.inf).softmax(-1)
@@ -658,12 +661,15 @@ class GPT(nn.Module):
 # ---- only for speed and memory: skip it on a first reading -----------------------------------------------------------
 
 
+BY_MATRICES = {"cpu", "meta"}  # kinds of device that take half the time for matrices of what a fused kernel takes
+
+
 def sdpa(q, k, v, dropout_p=0.0, is_causal=False, scale=None):
     """
-    F.scaled_dot_product_attention, on a CPU by matrices. The matrices take half the time of the fused kernel, but their logits
-    are rounded to q's dtype, and autograd keeps them: at 2,048 tokens they double the activations, so beyond that they end.
+    F.scaled_dot_product_attention, on a CPU by matrices. Their logits are rounded to q's dtype, and autograd keeps them: at
+    2,048 tokens they double the activations, so beyond that the fused kernel takes over.
     """
-    if q.device.type == "cpu" and is_causal and q.size(2) <= 2048:
+    if q.device.type in BY_MATRICES and is_causal and q.size(2) <= 2048:
         return in_chunks(lambda q, k: weights(q, k, scale), q, k, v, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
 
@@ -680,11 +686,23 @@ def in_chunks(weigh, q, k, v, dropout, size=256):
     """
     sum_j w_j v_j with the matrix w = weigh(q, k), a chunk of queries at a time. A chunk needs only the keys up to its last
     query, so little work is done for keys that a query does not see.
+
+    Where other energies have fused kernels, this does as they do: logits in float32, and matrices that autograd makes again.
     """
-    past, outputs = k.size(2) - q.size(2), []
+    past, outputs, fused = k.size(2) - q.size(2), [], q.device.type not in BY_MATRICES
+
+    def chunk(q, k, v):
+        if not fused:
+            return F.dropout(weigh(q, k), dropout) @ v
+        with torch.autocast(q.device.type, enabled=False):
+            full = torch.promote_types(q.dtype, torch.float32)
+            return F.dropout(weigh(q.to(full), k.to(full)), dropout).to(v.dtype) @ v
+
     for i in range(0, q.size(2), size):
         seen = past + i + size
-        outputs.append(F.dropout(weigh(q[:, :, i : i + size], k[:, :, :seen]), dropout) @ v[:, :, :seen])
+        parts = q[:, :, i : i + size], k[:, :, :seen], v[:, :, :seen]
+        again = dict(use_reentrant=False, preserve_rng_state=dropout > 0)
+        outputs.append(torch.utils.checkpoint.checkpoint(chunk, *parts, **again) if fused else chunk(*parts))
     return torch.cat(outputs, 2)
 
 

@@ -226,6 +226,7 @@ class Machine:
             running = DistributedDataParallel(running, card, gradient_as_bucket_view=True)
         if not compile:
             return running
+        failures = [""] * self.world  # on each process
         try:
             compiled = torch.compile(running)
             with self.alone(running):
@@ -235,9 +236,13 @@ class Machine:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a missing or broken compiler raises, the model runs without it
-            say(f"torch.compile failed ({(str(error) or type(error).__name__).splitlines()[0]}): going on without it")
-            compiled = running
+            failures[self.rank] = (str(error) or type(error).__name__).splitlines()[0]
+        if self.distributed:  # a process that went on alone would slow the others
+            dist.all_gather_object(failures, failures[self.rank])
         model.zero_grad(set_to_none=True)
+        if reason := next(filter(None, failures), None):
+            say(f"torch.compile failed on {sum(map(bool, failures))} of {self.world} processes ({reason}): going on without it")
+            return running
         return compiled
 
     def alone(self, running):

@@ -39,6 +39,7 @@ from experiments.plot import line, new_figure, save
 from experiments.records import Records, markdown, windows
 from guard import UserError, cli
 from model import GPT, VARIANTS, GPTConfig, causal
+from train import Loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
@@ -54,26 +55,26 @@ POLYAK = dict(momentum="polyak", momentum_on="both", beta=0.9)  # what reversibl
 
 
 def build(args, name, **choices):
-    """The model of a row, a variant's or nanoGPT, and the function that runs it."""
+    """The model of a row, a variant's or nanoGPT, and the function of inputs and targets that gives its loss."""
     torch.manual_seed(0)
     sizes = {size: getattr(args, size) for size in SIZES}
     if name != NANOGPT:
         if DEVICE == "cpu":
             keep_memory()  # as train.py does
-        model, compiled = GPT(GPTConfig(bias=False, **sizes | dict(variant=name) | choices)), args.compile
-    else:
-        compiled = DEVICE == "cuda"
-        if args.nanogpt:
-            spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(args.nanogpt, "model.py"))
-            nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(nanogpt)
-            with contextlib.redirect_stdout(io.StringIO()):
-                model = nanogpt.GPT(nanogpt.GPTConfig(bias=False, dropout=0.0, **sizes))
-        else:  # this process is the row's own
-            definition.sdpa = F.scaled_dot_product_attention
-            model = GPT(GPTConfig(bias=False, **sizes))
-    whole = name != NANOGPT and not model.config.reversible  # which steps out of the compiler
-    return model.to(DEVICE), torch.compile(model, dynamic=False, fullgraph=whole) if compiled else model
+        model = GPT(GPTConfig(bias=False, **sizes | dict(variant=name) | choices)).to(DEVICE)
+        loss, whole = Loss(model), not model.config.reversible  # which steps out of the compiler
+        return model, torch.compile(loss, dynamic=False, fullgraph=whole) if args.compile else loss
+    if args.nanogpt:
+        spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(args.nanogpt, "model.py"))
+        nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nanogpt)
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = nanogpt.GPT(nanogpt.GPTConfig(bias=False, dropout=0.0, **sizes))
+    else:  # this process is the row's own
+        definition.sdpa = F.scaled_dot_product_attention
+        model = GPT(GPTConfig(bias=False, **sizes))
+    running = torch.compile(model.to(DEVICE), dynamic=False) if DEVICE == "cuda" else model
+    return model, lambda idx, targets: running(idx, targets)[1]
 
 
 def synchronized():
@@ -97,7 +98,7 @@ def training_step(args, name, loss_of=None, **choices):
     def step(idx=idx):
         times = [synchronized()]
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            value = loss_of(model.hidden(idx), model.lm_head.weight, idx) if loss_of else running(idx, idx)[1]
+            value = loss_of(model.hidden(idx), model.lm_head.weight, idx) if loss_of else running(idx, idx)
         times.append(synchronized())
         value.backward()
         times.append(synchronized())

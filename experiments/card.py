@@ -1,22 +1,28 @@
 """
-A quarter of an hour on a card: are the models right there, how fast are they, and what do they learn?
+A quarter of an hour on a card: how fast are the models there, are they right, and what do they learn?
 
-    python -m experiments.card --nanogpt ../nanoGPT --minutes 9        on one CUDA card, after python prepare.py minipile
-    python -m experiments.card --rehearse                              the same at toy size, on a CPU as well
+    python -m experiments.card --nanogpt ../nanoGPT --minutes 9     all of it on one CUDA card, after python prepare.py minipile
+    python -m experiments.card training gradients                   some of it
+    python -m experiments.card --rehearse                           the same at toy size, on a CPU as well
 
-    health      every variant's loss and gradient against float64 on the CPU; float16; resumed runs; cached text; torchrun
-    speed       a training step and generation of 124M parameters in bfloat16, beside nanoGPT
-    learning    30M parameters on --dataset with Muon: systems side by side, for as many tokens as the time allows
+    training      a training step of 124M parameters in bfloat16, compiled, beside nanoGPT's
+    generation    one and eight texts from 124M parameters, beside nanoGPT's
+    gradients     every variant's loss and gradient against float64 on the CPU
+    cached        every variant's text with its cache and without
+    resumed       every variant's run, stopped, resumed and never stopped, bit for bit
+    short_runs    training in float16, and one process under torchrun
+    learning      30M parameters on --dataset with Muon, for as many tokens as the time allows
 
 Each result is kept as soon as it is there, in --out: card.json, a list of tables; learning.md, .json and .png as
-experiments.compare makes them; and sample.txt. All systems of a part compile, and learn, at the same time, each in a process of
-its own, so that a card does not wait for the compiler. Their steps are timed in turn.
+experiments.compare makes them; and sample.txt. All systems of a table compile, or learn, at the same time, each in a process of
+its own, so that the card does not wait for the compiler. Training steps are timed in turn.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import statistics
@@ -40,22 +46,96 @@ from guard import UserError, cli
 from model import GPT, VARIANTS, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMED = (NANOGPT, "MHA", "NagMHA", "YuriiFormer", "LightMHA2nd1st", "MHA2nd1st", "GatedLinearMHA")
+TIMED = (NANOGPT, "MHA", "NagMHA", "YuriiFormer", "LightMHA2nd1st", "MHA2nd1st", "HuberMHA", "GatedLinearMHA")
 LEARNING = ("MHA", "NagMHA", "MomenMHA", "LightMHA2nd1st", "MHA2nd1st", "YuriiFormer", "EmbedControl")
 # the models: those of health, speed and learning, and those of a rehearsal. Systems that learn share the card's memory
 SMALL = dict(n_layer=4, n_head=2, n_embd=128, block_size=256)
-GPT124M = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12)
-GPT30M = dict(block_size=1024, batch_size=8, gradient_accumulation_steps=4, eval_iters=26)  # of config/minipile_30m.toml
+GPT124M = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12, new_tokens=128)
+GPT30M = dict(block_size=1024, batch_size=8, gradient_accumulation_steps=2, eval_iters=26)  # of config/minipile_30m.toml
 TOY = dict(n_layer=2, n_head=1, n_embd=16, block_size=32)
 TOY_RUN = TOY | dict(batch_size=2, gradient_accumulation_steps=1, eval_iters=2, compile=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# health
-
-
 def flags(knobs):
     return [f"--{name}={value}" for name, value in knobs.items()]
+
+
+def left(args):
+    """Seconds until the program is to end."""
+    return max(1.0, args.end - time.monotonic())
+
+
+def failed(error):
+    return dict(right=False, error=(str(error) or type(error).__name__).splitlines()[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# speed. Every part yields the rows of a table: a name, and its columns
+
+
+def steps_of(args, name):
+    """A function that takes training steps: seconds of the first and the median one, and the peak of memory in GB."""
+    step = bench.training_step(args, name)
+
+    def steps():
+        began = time.monotonic()
+        try:
+            step()
+        except torch.OutOfMemoryError:  # the others hold the card's memory just now
+            time.sleep(5)
+            step()
+        first, seconds = time.monotonic() - began, statistics.median(step()[-1] for _ in range(5))
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()  # for the others
+        return first, seconds, memory_gb(DEVICE)
+
+    return steps
+
+
+def training(args):
+    steps, found = {name: bench.elsewhere(steps_of, args, name) for name in TIMED}, {}
+    pool, patience = ThreadPoolExecutor(len(TIMED)), time.monotonic() + left(args) / 3
+    try:
+        first = {name: pool.submit(step) for name, step in steps.items()}  # in which all compile, each in its process
+        for name, future in first.items():
+            try:
+                found[name] = [future.result(timeout=max(0.0, patience - time.monotonic()))]
+            except Exception as error:
+                yield name, failed(error)
+        for _ in range(5):
+            for name, results in found.items():
+                results.append(steps[name]())
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown()
+    multiply = bars.matrix_products(args, 8192 if DEVICE == "cuda" else 256)
+    flop, tokens = statistics.median(multiply() for _ in range(9)), args.batch_size * args.block_size
+    for name, results in found.items():
+        (compiling, *_), seconds, memory = zip(*results, strict=True)
+        config = GPTConfig(
+            "MHA" if name == NANOGPT else name, bias=False, **{size: getattr(args, size) for size in bench.SIZES}
+        )
+        with torch.device("meta"):
+            model = GPT(config)
+        seconds = statistics.median(seconds)
+        rate = flops_per_token(model) * tokens / seconds
+        yield name, {"ms per step": 1e3 * seconds, "tokens/s": tokens / seconds, "TFLOP/s": rate / 1e12,
+                     "share of products": rate * flop, "GB": max(memory), "compiling, s": compiling}  # fmt: skip
+
+
+def generation(args):
+    for batch in (1, 8):
+        for name in (NANOGPT, "MHA", "GatedLinearMHA"):
+            make = bench.elsewhere if name == NANOGPT else lambda make, *arguments: make(*arguments)
+            generate = make(bench.generation, args, name, batch)
+            seconds = min(generate() for _ in range(3))
+            tokens = batch * args.new_tokens
+            yield f"{name}, batch {batch}", {"tokens/s": tokens / seconds, "ms per token": 1e3 * seconds / args.new_tokens}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# health
 
 
 def small(args, variant, device=DEVICE, noise=0.02):
@@ -71,32 +151,34 @@ def small(args, variant, device=DEVICE, noise=0.02):
 def gradient(model, idx, dtype):
     """The loss of a model and its gradient, as one vector, with matrix products in dtype."""
     device = model.lm_head.weight.device.type
-    with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = model(idx.to(device), idx.flip(0).to(device))[1]
     return loss.item(), torch.cat([g.flatten().double().cpu() for g in torch.autograd.grad(loss, [*model.parameters()])])
 
 
 def gradients(args):
-    """For each variant the relative error of loss and gradient here, in float32 and bfloat16, against float64 on the CPU."""
     idx = torch.randint(512, (2, args.small["block_size"]), generator=torch.Generator().manual_seed(0))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     for name in VARIANTS:
-        right, exact = gradient(small(args, name, "cpu").double(), idx, torch.float64)
-        row = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            loss, g = gradient(small(args, name), idx, dtype)
-            short = str(dtype).removeprefix("torch.")
-            row |= {f"loss, {short}": abs(loss / right - 1), f"gradient, {short}": ((g - exact).norm() / exact.norm()).item()}
-        yield name, row | dict(right=row["gradient, float32"] < 1e-3 and row["loss, bfloat16"] < 1e-2)
+        loss, g = gradient(small(args, name, "cpu").double(), idx, torch.float64)
+        row = dict(right=True)
+        for dtype, least in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+            loss_here, g_here = gradient(small(args, name), idx, dtype)
+            errors = abs(loss_here / loss - 1), ((g_here - g).norm() / g.norm()).item()
+            row |= {f"{what}, {str(dtype)[6:]}": error for what, error in zip(("loss", "gradient"), errors, strict=True)}
+            row["right"] &= max(errors) < least
+        yield name, row
+    torch.set_float32_matmul_precision(precision)
 
 
 def cached(args):
-    """Is the likeliest continuation the same with the cache and without?"""
     for name in VARIANTS:
-        model, new = small(args, name), args.small["block_size"] // 2
+        model = small(args, name)
         idx = start = torch.randint(512, (2, 5), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        for _ in range(new):
+        for _ in range(24):
             idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), 1)
-        yield name, dict(right=torch.equal(model.generate(start, new, temperature=0), idx))
+        yield name, dict(right=torch.equal(model.generate(start, 24, temperature=0), idx))
 
 
 def small_run(args, folder, **knobs):
@@ -115,106 +197,37 @@ def run(args, folder, **knobs):
     return checkpoint.load(os.path.join(folder, "ckpt.pt")), losses
 
 
+def resume(args):
+    """A function that stops and resumes a run of every variant: for each, whether it becomes the run that never stopped."""
+
+    def rows():
+        for name in VARIANTS:
+            whole, half = (dict(variant=name, deterministic=True, lr_decay_iters=6, max_iters=n) for n in (6, 3))
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    straight = run(args, f"{folder}/whole", **whole)[0]["model"]
+                    run(args, f"{folder}/parts", **half)
+                    parts = run(args, f"{folder}/parts", **whole, init_from="resume")[0]["model"]
+                    yield name, dict(right=all(torch.equal(straight[key], parts[key]) for key in straight))
+                except (UserError, RuntimeError) as error:
+                    yield name, failed(error)
+
+    return lambda: [*rows()]
+
+
 def resumed(args):
-    """Does a run that stops after half its steps and is resumed become the one that never stopped, bit for bit?"""
-    for name in VARIANTS:
-        whole, half = (dict(variant=name, deterministic=True, lr_decay_iters=6, max_iters=n) for n in (6, 3))
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                straight = run(args, f"{folder}/whole", **whole)[0]["model"]
-                run(args, f"{folder}/parts", **half)
-                parts = run(args, f"{folder}/parts", **whole, init_from="resume")[0]["model"]
-                yield name, dict(right=all(torch.equal(straight[key], parts[key]) for key in straight))
-            except (UserError, RuntimeError) as error:
-                yield name, failed(error)
+    yield from bench.elsewhere(resume, args)()  # cuBLAS settles at a process's first product whether it is deterministic
 
 
 def short_runs(args):
-    """20 steps in float16, where the scaler has to find its scale; and 10, compiled, of one process under torchrun."""
     with tempfile.TemporaryDirectory() as folder:
-        state, losses = run(args, folder, variant="NagMHA", dtype="float16", max_iters=20)
-        yield (
-            "float16",
-            dict(right=losses[-1] < losses[0], last=f"{losses[0]:.3f} to {losses[-1]:.3f}; scaler {state['scaler']}"),
-        )
+        state, losses = run(args, f"{folder}/1", variant="NagMHA", dtype="float16", max_iters=20)
+        last = f"{losses[0]:.3f} to {losses[-1]:.3f}, scale {state['scaler']['scale']:g}"
+        yield "float16", dict(right=losses[-1] < losses[0], last=last)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "train.py"]
         done = subprocess.run([*command, *small_run(args, f"{folder}/2", max_iters=10)], capture_output=True, text=True)
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line]
         yield "torchrun", dict(right=done.returncode == 0 and "failed" not in done.stdout, last=lines[-1])
-
-
-def health(args):
-    # as train.py sets it for --deterministic, but cuBLAS reads it at the first product of a process
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    for check in (gradients, cached, resumed, short_runs):
-        yield check.__name__, check(args)
-    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# speed
-
-
-def training(args, name):
-    """A function that takes training steps; it returns the seconds of the median one, and the peak of memory in GB."""
-    step = bench.training_step(args, name)
-
-    def steps():
-        step()  # takes its memory back from the card
-        seconds = statistics.median(step()[-1] for _ in range(args.steps))
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()  # for the others
-        return seconds, memory_gb(DEVICE)
-
-    return steps
-
-
-def compiling(args):
-    """Processes of training steps, {name: its function}, which compile now, and their first results, {name: a future}."""
-    steps, pool = {name: bench.elsewhere(training, args, name) for name in TIMED}, ThreadPoolExecutor(len(TIMED))
-    first = {name: pool.submit(step) for name, step in steps.items()}
-    pool.shutdown(wait=False)
-    return steps, first
-
-
-def steps_in_turn(args, steps, first):
-    found = {name: [] for name in steps}
-    for name, future in first.items():
-        try:
-            future.result(timeout=left(args))
-        except Exception as error:
-            del found[name]
-            yield name, failed(error)
-    for _ in range(args.rounds):
-        for name, results in found.items():
-            results.append(steps[name]())
-    multiply = bars.matrix_products(args, 8192 if DEVICE == "cuda" else 256)
-    flop, tokens = statistics.median(multiply() for _ in range(9)), args.batch_size * args.block_size
-    for name, results in found.items():
-        seconds, memory = statistics.median(s for s, _ in results), max(m for _, m in results)
-        config = GPTConfig(
-            "MHA" if name == NANOGPT else name, bias=False, **{size: getattr(args, size) for size in bench.SIZES}
-        )
-        with torch.device("meta"):
-            model = GPT(config)
-        rate = flops_per_token(model) * tokens / seconds
-        yield name, {"ms per step": 1e3 * seconds, "tokens/s": tokens / seconds, "TFLOP/s": rate / 1e12,
-                     "share of products": rate * flop, "GB": memory}  # fmt: skip
-
-
-def generation(args):
-    for batch in (1, 8):
-        for name in (NANOGPT, "MHA", "GatedLinearMHA"):
-            make = bench.elsewhere if name == NANOGPT else lambda make, *arguments: make(*arguments)
-            generate = make(bench.generation, args, name, batch)
-            seconds = min(generate() for _ in range(3))
-            tokens = batch * args.new_tokens
-            yield f"{name}, batch {batch}", {"tokens/s": tokens / seconds, "ms per token": 1e3 * seconds / args.new_tokens}
-
-
-def speed(args, steps, first):
-    yield "training, 124M", steps_in_turn(args, steps, first)
-    yield "generation, 124M", generation(args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,24 +255,21 @@ def compare(args, name, steps, seeds, **knobs):
     return time.monotonic() - began, {system: runs for system, by_rate in systems.items() for runs in by_rate.values()}
 
 
-def losses(systems):
-    for system, runs in systems.items():
-        row = {f"loss, seed {i + 1}": run["validation"][-1][1] for i, run in enumerate(runs)}
-        yield system, row | {"tokens/s beside the others": runs[0]["tokens_per_second"], "GB": runs[0]["memory_gb"]}
-
-
 def learning(args):
-    # a short comparison says how long one takes
-    wall, systems = compare(args, "learning_short", 40, [0], eval_interval=40)
-    yield f"learning, 40 steps, {wall:.0f} s", losses(systems)
-    a_step = max(run["per_step"]["seconds"] for (run,) in systems.values())
-    starting = wall - 40 * a_step
-    steps = min(args.most_steps, int((left(args) / args.seeds - 1.2 * starting) / (1.1 * a_step)))
-    if steps < 50:
-        raise UserError(f"the time left is enough for {steps} steps only: give more --minutes")
+    steps = args.steps
+    if not steps:  # a short comparison says how long one takes
+        seconds, systems = compare(args, "learning_short", 40, [0], eval_interval=40)
+        a_step = max(run["per_step"]["seconds"] for (run,) in systems.values())
+        starting = seconds - 40 * a_step
+        steps = min(args.most_steps, int((left(args) / args.seeds - 1.2 * starting) / (1.1 * a_step)))
+        if steps < 50:
+            raise UserError(f"the time left is enough for {steps} steps only: give more --minutes")
     for n in range(1, args.seeds + 1):
-        wall, systems = compare(args, "learning", steps, range(1, n + 1), eval_interval=-(-steps // 6))
-        yield f"learning, {steps} steps, {n} seed(s), {wall:.0f} s", losses(systems)
+        seconds, systems = compare(args, "learning", steps, range(1, n + 1), eval_interval=-(-steps // 6))
+        for name, runs in systems.items():
+            run = runs[n - 1]
+            yield f"{name}, seed {n}", {"steps": steps, "loss": run["validation"][-1][1], "GB": run["memory_gb"],
+                                        "tokens/s beside the others": run["tokens_per_second"], "all, s": seconds}  # fmt: skip
     best = min(systems, key=lambda name: systems[name][0]["validation"][-1][1])
     command = [ROOT / "sample.py", f"--out_dir=out/learning/{best}-1", "--start=The", "--max_new_tokens=200", "--num_samples=2"]
     text = subprocess.run([sys.executable, *command], capture_output=True, text=True)
@@ -268,63 +278,55 @@ def learning(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-
-def left(args):
-    """Seconds until the program is to end."""
-    return max(0.0, args.end - time.monotonic())
+PARTS = dict(training=training, generation=generation, gradients=gradients, cached=cached, resumed=resumed,
+             short_runs=short_runs, learning=learning)  # fmt: skip
 
 
-def failed(error):
-    return dict(right=False, error=(str(error) or type(error).__name__).splitlines()[0])
-
-
-def keep(records, made_with, title, rows):
-    """Make the rows of a table one by one, and keep each. An error ends the table and is its last row."""
-    table = records.add(dict(title=title, made_with=made_with, rows={}))["rows"]
+def keep(records, title, part, args):
+    """Make the table of a part, and keep each row as it comes. An error ends the table and is its last row."""
     began = time.monotonic()
+    table = records.add(dict(title=title, made_with=checkpoint.made_with(DEVICE), rows={}))
+    rows = table["rows"]
     try:
-        for name, row in rows:
-            table[name] = row
+        for name, row in part(args):
+            rows[name], table["seconds"] = row, time.monotonic() - began
             records.save()
     except Exception as error:
-        table["error"] = failed(error)
-    records.all[-1]["seconds"] = time.monotonic() - began
-    records.save()
-    columns = [*dict.fromkeys(key for row in table.values() for key in row)]
+        rows["error"], table["seconds"] = failed(error), time.monotonic() - began
+        records.save()
+    columns = [*dict.fromkeys(key for row in rows.values() for key in row)]
     cells = [
-        [name, *(f"{v:.4g}" if isinstance(v := row.get(c, ""), float) else v for c in columns)] for name, row in table.items()
+        [f"{row.get(c, ''):.4g}" if isinstance(row.get(c), float) else row.get(c, "") for c in columns] for row in rows.values()
     ]
-    print(markdown([title, *columns], cells) + f"{records.all[-1]['seconds']:.0f} s\n", flush=True)
+    lines = [[name, *line] for name, line in zip(rows, cells, strict=True)]
+    print(markdown([title, *columns], lines) + f"\n{table['seconds']:.0f} s\n", flush=True)
+    return all(row.get("right", True) for row in rows.values())
 
 
 def main(arguments):
     parser = parser_with(__doc__, nanogpt=None, dtype="bfloat16")
-    parser.add_argument("--parts", nargs="+", choices=("health", "speed", "learning"), default=["health", "speed", "learning"])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all, in this order")
     parser.add_argument("--minutes", type=float, default=9, help="time for all of it")
     parser.add_argument("--rehearse", action="store_true", help="do it at toy size")
     parser.add_argument("--dataset", default="minipile", help="folder below --data_dir")
     parser.add_argument("--data_dir", default=str(ROOT / "data"))
-    parser.add_argument("--learning_rate", type=float, default=4e-3, help="of learning")
+    parser.add_argument("--learning_rate", type=float, default=6e-3, help="of learning")
     parser.add_argument("--seeds", type=int, default=2, help="of learning")
+    parser.add_argument("--steps", type=int, help="of learning; default: as many as the time left is enough for")
     parser.add_argument("--out", default="results/gpu", help="folder of the results")
     args = parser.parse_args(arguments)
+    if unknown := set(args.parts) - set(PARTS):
+        raise UserError(f"{', '.join(unknown)} is none of {', '.join(PARTS)}")
     if DEVICE == "cpu" and not args.rehearse:
         raise UserError(f"torch {torch.__version__} sees no CUDA card: --rehearse does the same at toy size on a CPU")
-    args.end, args.out = time.monotonic() + 60 * args.minutes, os.path.abspath(args.out)
+    args.end, args.out, args.compile = time.monotonic() + 60 * args.minutes, os.path.abspath(args.out), True
     args.small, args.learner, args.most_steps = (TOY, TOY_RUN, 60) if args.rehearse else (SMALL, GPT30M, 10**6)
-    sizes = GPT124M | (dict(TOY, vocab_size=300, batch_size=2) if args.rehearse else {})
-    timed = argparse.Namespace(**vars(args) | sizes, compile=True, steps=5, rounds=5, new_tokens=8 if args.rehearse else 128)
-    records, made_with = Records(os.path.join(args.out, "card.json")), checkpoint.made_with(DEVICE)
-    compiled = compiling(timed) if "speed" in args.parts else None  # beside the checks of health, which measure no time
-    parts = dict(health=lambda: health(args), speed=lambda: speed(timed, *compiled), learning=lambda: learning(args))
-    for part in args.parts:
-        try:
-            for title, rows in parts[part]():
-                keep(records, made_with, title, rows)
-        except UserError as error:
-            print(f"{part}: {error}", flush=True)
-        if part == "speed":
-            compiled[0].clear()  # the processes end, and give their memory back
+    sizes = GPT124M | (dict(TOY, vocab_size=300, batch_size=2, new_tokens=8) if args.rehearse else {})
+    args = argparse.Namespace(**vars(args) | sizes)
+    records = Records(os.path.join(args.out, "card.json"))
+    wrong = [name for name in args.parts or PARTS if not keep(records, name, PARTS[name], args)]
+    if wrong:
+        raise UserError(f"see above what went wrong in {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def nothing_is_left_running():
         started.pop().wait()
 
 
-def start(*arguments, before="", **env):
+def start(*arguments, before="", stdout=subprocess.DEVNULL, **env):
     """train.py in a process of its own, which runs the Python text `before` first."""
     code = f"import os, signal, sys, time, torch, train\n{before}\ntrain.cli(train.main)"
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=os.environ | env, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+                               stdout=stdout, stderr=subprocess.PIPE)  # fmt: skip
     started.append(process)
     return process
 
@@ -474,6 +474,48 @@ def count(self, starts):
     torch.save(seen, f"{sys.argv[-1][10:]}/windows{os.environ.get('RANK', 0)}.pt")
     return windows(self, starts)
 torch.nn.utils.clip_grad_norm_, train.Split.windows = keep, count"""
+
+
+WATCH = """
+from torch.profiler import ProfilerActivity, profile
+watch, trained = profile(activities=[ProfilerActivity.CPU]), train.Log.trained
+def look(self, step, *args):
+    trained(self, step, *args)
+    if step == 3:
+        watch.start()
+    if step == 4:
+        watch.stop()
+        names = {"CompiledFunctionBackward": "backward", "gloo:all_reduce": "exchange"}
+        events = [names[e.name] for e in sorted(watch.events(), key=lambda e: e.time_range.start) if e.name in names]
+        with open(f"{sys.argv[-1][10:]}/events{os.environ['RANK']}", "w") as file:
+            file.write(" ".join(events))
+train.Log.trained = look"""
+
+
+@pytest.mark.slow
+def test_gradients_are_exchanged_within_the_backward_pass(data, tmp_path):
+    """Of a compiled step: the first exchange begins while parts of the backward pass are still to come."""
+    sizes = STEPS | dict(n_layer=4, n_embd=256, dropout=0, max_iters=5, compile=True)
+    for process in two(*flags(data, tmp_path, **sizes), f"--out_dir={tmp_path}", before=WATCH):
+        assert process.wait(400) == 0, process.stderr.read()
+    for rank in "01":
+        events = (tmp_path / f"events{rank}").read_text().split()
+        assert "backward" in events[events.index("exchange") :], events
+
+
+FAILS_ON_ONE = """
+if os.environ["RANK"] == "1":
+    def broken(model):
+        raise RuntimeError("no compiler here")
+    torch.compile = broken"""
+
+
+@pytest.mark.slow
+def test_where_one_process_cannot_compile_none_does(data, tmp_path, capfd):
+    pair = two(*flags(data, tmp_path, **STEPS | dict(max_iters=2, compile=True)), before=FAILS_ON_ONE, stdout=None)
+    for process in pair:
+        assert process.wait(180) == 0, process.stderr.read()
+    assert "torch.compile failed on 1 of 2 processes (no compiler here): going on without it" in capfd.readouterr().out
 
 
 @pytest.mark.slow
