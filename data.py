@@ -19,7 +19,9 @@ from files import replacing, sha256
 from guard import UserError
 
 SHARD = dict(file=str, tokens=int, sha256=str)  # what meta.json says of a shard
-ORDER = 2  # of the windows in training: counts the ways in which Split has drawn them; the first never read a text's end
+# of the windows in training: counts the ways in which Split has drawn them; the first never read a text's end, the second kept
+# a table of an epoch's order
+ORDER = 3
 SAMPLE = 1 << 28  # bytes of shards that are read through before a run
 
 
@@ -123,6 +125,22 @@ def fingerprint(meta):
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
+def shuffled(i, n, key):
+    """
+    The i-th of the numbers below n in the random order that key, bytes, stands for. It needs no table: a Feistel network [Luby
+    and Rackoff, 1988] permutes all numbers of so many bits, and is applied again to what is not below n.
+    """
+    half = max(4, (n.bit_length() + 1) // 2)  # the bits of a half: with fewer some orders would never come
+    while True:
+        left, right = i >> half, i & (1 << half) - 1
+        for r in range(4):
+            digest = hashlib.blake2b(right.to_bytes(8), key=key, salt=bytes([r]), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(digest) & (1 << half) - 1
+        i = left << half | right
+        if i < n:
+            return i
+
+
 class Split:
     """
     One split of a data set, memory-mapped, read as windows of block_size + 1 tokens: inputs and, one further, targets.
@@ -167,9 +185,8 @@ class Split:
         epoch, i = divmod(i, n)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.offset = epoch, rng.integers(len(self) - n * self.block_size)
-            self.order = rng.permutation(n)
-        return int(self.offset + self.order[i] * self.block_size)
+            self.epoch, self.offset, self.key = epoch, int(rng.integers(len(self) - n * self.block_size)), rng.bytes(16)
+        return self.offset + shuffled(i, n, self.key) * self.block_size
 
     def fixed(self, count):
         """Starts of at most count evenly spaced windows that don't overlap: the same ones at every evaluation."""

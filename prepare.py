@@ -533,7 +533,8 @@ def prepare(args):
             clear(partial, lock=True)
             raise
         # from here on there is no way back: Ctrl-C waits, and what cannot be moved stays where it is
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        interrupted = []  # not by a mask: another thread would take the signal
+        handler = signal.signal(signal.SIGINT, lambda *arguments: interrupted.append(arguments))
         try:
             clear(folder)
             for shard in (shard["file"] for shards in meta["shards"].values() for shard in shards):
@@ -541,7 +542,9 @@ def prepare(args):
             os.rename(partial / "meta.json", folder / "meta.json")
             clear(partial, lock=True)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.signal(signal.SIGINT, handler)
+    if interrupted:
+        raise KeyboardInterrupt
     seconds = time.time() - started
     for split, shards in meta["shards"].items():
         tokens = sum(shard["tokens"] for shard in shards)

@@ -156,6 +156,43 @@ def test_light_agrees_with_newton_to_first_order_in_tau_and_not_to_second():
     assert gap[2] / gap[1] == pytest.approx(4, rel=0.02)
 
 
+OFF_THE_CPU = dict(
+    fused=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    newton=lambda q, k, v: newton_attention(q, k, v, torch.ones(2, 1, 1)),
+    huber=lambda q, k, v: huber_attention(q, k, v, 8.0),
+)
+
+
+@pytest.mark.parametrize("attention", OFF_THE_CPU)
+def test_off_the_cpu_all_energies_are_as_exact_and_as_small_as_fused_ones(attention, monkeypatch):
+    """In bfloat16 against float64; and what autograd keeps grows with the length, not with its square."""
+    monkeypatch.setattr(definition, "BY_MATRICES", set())
+
+    def attend(T):
+        """The output, the inputs, and the bytes that autograd keeps."""
+        torch.manual_seed(0)
+        q, k, v = ((2.5 * torch.randn(1, 2, T, 64)).bfloat16().requires_grad_() for _ in range(3))
+        kept = {}
+
+        def keep(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            return OFF_THE_CPU[attention](q, k, v), (q, k, v), sum(map(len, kept.values()))
+
+    (o, inputs, small), (*_, large) = attend(512), attend(1024)
+    assert 0 < large < 2.1 * small
+    with torch.no_grad():
+        exact = OFF_THE_CPU[attention](*(t.double() for t in inputs))
+    assert (o - exact).norm() < 0.003 * exact.norm()
+    made_again = torch.autograd.grad(o.float().square().sum(), inputs)
+    monkeypatch.undo()
+    kept = [t.detach().float().requires_grad_() for t in inputs]
+    for g, exact in zip(made_again, torch.autograd.grad(OFF_THE_CPU[attention](*kept).square().sum(), kept), strict=True):
+        assert (g - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 9, 64])
 @pytest.mark.parametrize("gated", [False, True])
 def test_linear_attention_equals_its_recurrence(gated, chunk):

@@ -359,7 +359,7 @@ def train(cfg, signals, until_end):
 
     model.train()
     log.begin()
-    stopping = False
+    stopping, batch = False, data.batch(run.step * machine.micro_steps)
     for step in range(run.step, cfg.max_iters + 1):
         # evaluate and save
         run.step, best = step, False
@@ -390,8 +390,9 @@ def train(cfg, signals, until_end):
             last = i == machine.micro_steps - 1  # the only backward pass in which the processes exchange gradients
             with contextlib.nullcontext() if last else machine.alone(running):
                 with machine.autocast:
-                    loss = running(*data.batch(step * machine.micro_steps + i))
+                    loss = running(*batch)
                 machine.scaler.scale(loss / machine.micro_steps).backward()
+            batch = data.batch(step * machine.micro_steps + i + 1)  # while a card is still busy with this one
             mean_loss += loss.detach() / machine.micro_steps
         for opt in opts:
             machine.scaler.unscale_(opt)

@@ -34,6 +34,7 @@ from experiments.bench import BYTES, DEVICE, NANOGPT
 from experiments.records import markdown
 from guard import UserError, cli
 
+# of a card the larger model: in the smaller one the launches of its kernels decide
 SIZES = BYTES if DEVICE == "cpu" else dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12)
 GPT30M = BYTES | dict(block_size=512, vocab_size=50304, batch_size=2)
 LINEAR = ("LinearMHA", "GatedLinearMHA")
@@ -53,16 +54,16 @@ def medians(functions, rounds, warm_up=2):
 def training(args):
     for name, sizes in dict(bytes=BYTES, GPT30M=GPT30M).items() if DEVICE == "cpu" else [("GPT124M", SIZES)]:
         steps = bench.rows(bench.training_step, sized(args, sizes), (NANOGPT, "MHA"))
-        products = [matrix_products(args)] if DEVICE == "cuda" else []
-        nanogpt, ours, *rest = medians([*steps.values(), *products], args.rounds)
+        nanogpt, ours, product = medians(
+            [*steps.values(), matrix_products(args, 8192 if DEVICE == "cuda" else 2048)], args.rounds
+        )
         yield f"training, {name}: tokens/s over nanoGPT's", nanogpt / ours
-        for seconds in rest:
-            flops = flops_per_token(bench.build(sized(args, sizes), "MHA")[0]) * sizes["batch_size"] * sizes["block_size"]
-            yield f"training, {name}: share of the FLOP/s of matrix products", flops * seconds / ours
+        flops = flops_per_token(bench.build(sized(args, sizes), "MHA")[0]) * sizes["batch_size"] * sizes["block_size"]
+        yield f"training, {name}: share of the FLOP/s of matrix products", flops * product / ours
 
 
-def matrix_products(args, n=4096, times=10):
-    """A function that multiplies matrices in args.dtype; it returns the seconds that a FLOP takes."""
+def matrix_products(args, n, times=10):
+    """A function that multiplies n x n matrices in args.dtype; it returns the seconds per FLOP."""
     a = torch.randn(n, n, device=DEVICE).to(getattr(torch, args.dtype))
 
     def multiply():
@@ -91,7 +92,7 @@ def flatness(args):
 
 
 def generating(args):
-    args = sized(args, BYTES, block_size=1024, new_tokens=1000)
+    args = sized(args, SIZES, block_size=1024, new_tokens=1000)
     alone = bench.rows(bench.generation, args, (NANOGPT, "MHA"))
     nanogpt, ours, eight = medians([*alone.values(), bench.generation(args, "MHA", batch=8)], args.generations, warm_up=0)
     yield "generating 1,000 tokens, MHA: speed over nanoGPT's", nanogpt / ours
@@ -197,29 +198,30 @@ def starting(args):
     yield "sample.py, one token: seconds beyond importing torch", sample - alone
 
 
-# What is promised of the numbers that are measured above: their sense and their bar. Numbers without a promise are only shown.
+# What is promised of the numbers that are measured above: their sense, and their bars on a CPU and on a CUDA card. What a step
+# gains over nanoGPT's is a matter of the processor, so there the promise is a share of what it can multiply.
 PROMISES = {
-    "training, bytes: tokens/s over nanoGPT's": (">=", 3.0),
-    "training, GPT30M: tokens/s over nanoGPT's": (">=", 2.5),
-    "training, GPT124M: tokens/s over nanoGPT's": (">=", 1.2),
-    "training, GPT124M: share of the FLOP/s of matrix products": (">=", 0.5),
-    "MomenMHA: step over MHA's": ("<=", 1.05),
-    "NagMHA: step over MHA's": ("<=", 1.05),
-    "YuriiFormer: step over MHA's": ("<=", 1.05),
-    "TMMFormer: step over MHA's": ("<=", 1.05),
-    "LightMHA2nd1st: step over MHA's": ("<=", 1.2),
-    "MHA2nd1st: step over MHA's at 1,024 tokens": ("<=", 2.0),
-    "LinearMHA: time per token at 4,096 tokens over 1,024": ("<=", 1.1),
-    "GatedLinearMHA: time per token at 4,096 tokens over 1,024": ("<=", 1.1),
-    "generating 1,000 tokens, MHA: speed over nanoGPT's": (">=", 10.0),
-    "generating 8 texts at once, MHA: tokens/s over one text's": (">=", 2.0),
-    "LinearMHA: time of a new token after 4,000 over one after none": ("<=", 1.1),
-    "GatedLinearMHA: time of a new token after 4,000 over one after none": ("<=", 1.1),
-    "reversible: peak activation memory of 48 layers over 6": ("<=", 1.3),
-    "prepare of a data set once loaded: MB/s over those of tiktoken alone": (">=", 0.9),
-    "data: reading a batch over a training step": ("<=", 0.01),
-    "train.py --help: seconds beyond importing torch": ("<=", 0.5),
-    "sample.py, one token: seconds beyond importing torch": ("<=", 0.5),
+    "training, bytes: share of the FLOP/s of matrix products": (">=", 0.75, None),
+    "training, GPT30M: share of the FLOP/s of matrix products": (">=", 0.75, None),
+    "training, GPT124M: share of the FLOP/s of matrix products": (">=", None, 0.4),
+    "training, GPT124M: tokens/s over nanoGPT's": (">=", None, 1.0),
+    "MomenMHA: step over MHA's": ("<=", 1.05, 1.05),
+    "NagMHA: step over MHA's": ("<=", 1.05, 1.05),
+    "YuriiFormer: step over MHA's": ("<=", 1.05, 1.05),
+    "TMMFormer: step over MHA's": ("<=", 1.05, 1.05),
+    "LightMHA2nd1st: step over MHA's": ("<=", 1.2, 1.2),
+    "MHA2nd1st: step over MHA's at 1,024 tokens": ("<=", 2.0, 2.0),
+    "LinearMHA: time per token at 4,096 tokens over 1,024": ("<=", 1.1, 1.1),
+    "GatedLinearMHA: time per token at 4,096 tokens over 1,024": ("<=", 1.1, 1.1),
+    "generating 1,000 tokens, MHA: speed over nanoGPT's": (">=", 10.0, 1.0),
+    "generating 8 texts at once, MHA: tokens/s over one text's": (">=", 2.0, 4.0),
+    "LinearMHA: time of a new token after 4,000 over one after none": ("<=", 1.1, 1.1),
+    "GatedLinearMHA: time of a new token after 4,000 over one after none": ("<=", 1.1, 1.1),
+    "reversible: peak activation memory of 48 layers over 6": ("<=", 1.3, 1.3),
+    "prepare of a data set once loaded: MB/s over those of tiktoken alone": (">=", 0.9, 0.9),
+    "data: reading a batch over a training step": ("<=", 0.01, 0.05),
+    "train.py --help: seconds beyond importing torch": ("<=", 0.5, 0.5),
+    "sample.py, one token: seconds beyond importing torch": ("<=", 0.5, 0.5),
 }
 PARTS = dict(training=training, overheads=overheads, flatness=flatness, generating=generating, positions=positions, depth=depth,
              preparing=preparing, loading=loading, starting=starting)  # fmt: skip
@@ -254,13 +256,12 @@ def main(arguments):
     table, missed = [], []
     for name in parts:
         for what, value in PARTS[name](args):
-            sense, bar = PROMISES.get(what, (">=", float("-inf")))
-            if name == "training" and args.dtype == "float32":
-                bar = 1.0  # the promise is made for hardware that multiplies short numbers faster
-            promise = f"{sense} {bar:g}" if what in PROMISES else ""
+            sense, *bars = PROMISES.get(what, (">=", None, None))
+            bar = bars[DEVICE == "cuda"]
+            promise = "" if bar is None else f"{sense} {bar:g}"
             table.append([what, f"{value:.4g}", promise])
             print(f"{value:8.3f}  {promise:8} {what}", flush=True)
-            if not (value >= bar / args.margin if sense == ">=" else value <= bar * args.margin):
+            if promise and not (value >= bar / args.margin if sense == ">=" else value <= bar * args.margin):
                 missed.append(f"{what} is {value:.4g}, its bar {promise}")
     print("\n" + markdown(["promise", "here", "bar"], table))
     records.Records(args.out).add(bench.record(args, "bars", table))

@@ -53,7 +53,7 @@ SMALL = dict(n_layer=4, n_head=2, n_embd=128, block_size=256)
 GPT124M = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12, new_tokens=128)
 GPT30M = dict(block_size=1024, batch_size=8, gradient_accumulation_steps=2, eval_iters=26)  # of config/minipile_30m.toml
 TOY = dict(n_layer=2, n_head=1, n_embd=16, block_size=32)
-TOY_RUN = TOY | dict(batch_size=2, gradient_accumulation_steps=1, eval_iters=2, compile=False)
+TOY_RUN = TOY | dict(batch_size=2, gradient_accumulation_steps=1, eval_iters=2, vocab_size=None, compile=False)
 
 
 def flags(knobs):
@@ -106,7 +106,9 @@ def training(args):
             for name, results in found.items():
                 results.append(steps[name]())
     finally:
+        steps.clear()  # so the idle processes end
         for process in multiprocessing.active_children():
+            process.join(5)
             process.kill()
         pool.shutdown()
     multiply = bars.matrix_products(args, 8192 if DEVICE == "cuda" else 256)
@@ -270,10 +272,11 @@ def learning(args):
             run = runs[n - 1]
             yield f"{name}, seed {n}", {"steps": steps, "loss": run["validation"][-1][1], "GB": run["memory_gb"],
                                         "tokens/s beside the others": run["tokens_per_second"], "all, s": seconds}  # fmt: skip
-    best = min(systems, key=lambda name: systems[name][0]["validation"][-1][1])
-    command = [ROOT / "sample.py", f"--out_dir=out/learning/{best}-1", "--start=The", "--max_new_tokens=200", "--num_samples=2"]
-    text = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    write(os.path.join(args.out, "sample.txt"), f"{best} after {steps} steps\n\n{text.stdout or text.stderr}")
+        if n == 1:
+            best = min(systems, key=lambda name: systems[name][0]["validation"][-1][1])
+            of_best = f"--out_dir=out/learning/{best}-1", "--start=The", "--max_new_tokens=200", "--num_samples=2"
+            text = subprocess.run([sys.executable, ROOT / "sample.py", *of_best], capture_output=True, text=True)
+            write(os.path.join(args.out, "sample.txt"), f"{best} after {steps} steps\n\n{text.stdout or text.stderr}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

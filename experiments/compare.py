@@ -52,8 +52,9 @@ def count(cfg):
 
 
 def matched(cfg, other):
-    """The n_embd, a multiple of n_head, that brings cfg's number of parameters nearest to other's."""
-    widths, n = range(cfg.n_head, 16 * other.n_embd, cfg.n_head), sum(count(other).values())
+    """The n_embd, heads of a multiple of 8, that brings cfg's number of parameters nearest to other's."""
+    step, n = 8 * cfg.n_head, sum(count(other).values())  # odd widths are slow
+    widths = range(step, 16 * other.n_embd, step)
 
     def size(width):
         return sum(count(replace(cfg, n_embd=width)).values())

@@ -88,9 +88,12 @@ class Adapter(TemplateLM):
                 # padding comes after all that is read, where no position looks
                 x = pad_sequence([torch.tensor(row) for row in x], batch_first=True).to(self.device)
                 y = pad_sequence([torch.tensor(row) for row in y], batch_first=True, padding_value=-1).to(self.device)
-                logits, _ = self.model(x, y)
-                nats = F.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction="none").sum(1)
-                likeliest = ((logits.argmax(-1) == y) | (y == -1)).all(1)
+                asked = y >= 0  # the positions whose logits are read; the others get none
+                logits = self.model.lm_head(self.model.hidden(x)[asked])
+                nats, likeliest = logits.new_zeros(y.shape), torch.ones_like(asked)
+                nats[asked] = F.cross_entropy(logits, y[asked], reduction="none")
+                likeliest[asked] = logits.argmax(-1) == y[asked]
+                nats, likeliest = nats.sum(1), likeliest.all(1)
                 for i, n, all_likeliest in zip(owners, nats.tolist(), likeliest.tolist(), strict=True):
                     total[i] -= n
                     greedy[i] &= all_likeliest

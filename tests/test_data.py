@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pytest
 import tiktoken
+from scipy.stats import chisquare
 from tiktoken_ext import openai_public
 
 import prepare
@@ -25,7 +26,7 @@ import sample
 import train
 from configurator import parse
 from conftest import ROOT, SHARED, needs
-from data import Split, get_tokenizer, read_meta
+from data import Split, get_tokenizer, read_meta, shuffled
 from guard import UserError
 
 
@@ -631,6 +632,17 @@ def test_an_epoch_visits_every_window_once(counting):
         assert all((np.diff(np.sort(starts)) == BLOCK).all() for starts in epochs)
         assert len({tuple(starts - starts.min()) for starts in epochs}) == 4
         assert len({starts.min() for starts in epochs}) > 1
+
+
+def test_shuffled_is_a_permutation_and_all_are_alike():
+    """Of any number of windows, also one beyond 32 bits; and 1,200 keys give each of the 24 orders of four about as often."""
+    for n in (1, 2, 3, 16, 17, 84, 256, 257, 5000):
+        assert sorted(shuffled(i, n, b"key") for i in range(n)) == [*range(n)]
+    n = 3 << 40
+    far = [shuffled(i, n, b"key") for i in range(1000)]
+    assert len({*far}) == 1000 and max(far) > 0.99 * n and min(far) < 0.01 * n
+    orders = Counter(tuple(shuffled(i, 4, k.to_bytes(2)) for i in range(4)) for k in range(1200))
+    assert len(orders) == 24 and chisquare([*orders.values()]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("block_size", [10, 64, 400, 501, 1000])

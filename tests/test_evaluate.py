@@ -311,26 +311,31 @@ def arc(folder, docs):
     datasets.Dataset.from_list(rows).to_parquet(folder / "ai2_arc" / "ARC-Easy" / "test-00000-of-00001.parquet")
 
 
+def preferred(model, question, choices):
+    """The letters of the answers that a model prefers to ARC's question, by log probability and by that of a character."""
+    scores = [direct(model, f"Question: {question}\nAnswer:", " " + choice)[0] for choice in choices]
+    by_character = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
+    return ["ABCDE"[values.index(max(values))] for values in (scores, by_character)]
+
+
 def accuracies(model, docs):
     """acc and acc_norm of ARC's questions, written out."""
-    acc = acc_norm = 0
-    for question, choices, answer in docs:
-        scores = [direct(model, f"Question: {question}\nAnswer:", " " + choice)[0] for choice in choices]
-        acc += scores.index(max(scores)) == "ABCDE".index(answer)
-        norms = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
-        acc_norm += norms.index(max(norms)) == "ABCDE".index(answer)
-    return acc / len(docs), acc_norm / len(docs)
+    letters = zip(*(preferred(model, question, choices) for question, choices, _ in docs), strict=True)
+    return [sum(a == answer for a, (*_, answer) in zip(all_, docs, strict=True)) / len(docs) for all_ in letters]
 
 
 def test_a_task_from_a_local_copy(run, quick, trained, capsys):
     """Questions with three, four and five answers, for which guessing is right in 47 of 180 cases."""
-    docs = [("one two", ["three four", "zzz", "#!"], "C"), ("five six", ["seven", "zz9", "four", "Q"], "A"),
-            ("nine ten", ["one", "X", "Y", "Z", "#"], "A")]  # fmt: skip
+    questions = [("one two", ["three four", "zzz", "#!"]), ("five six", ["seven", "zz9", "four", "Q"]),
+                 ("nine ten", ["one", "X", "Y", "Z", "#"])]  # fmt: skip
+    first, *others = (preferred(trained, *question)[0] for question in questions)
+    answers = [first, *("B" if letter == "A" else "A" for letter in others)]  # so the model knows the first one alone
+    docs = [(*question, answer) for question, answer in zip(questions, answers, strict=True)]
+    acc, acc_norm = accuracies(trained, docs)
+    assert acc == 1 / 3
     arc(run / "hub", docs)
     (record,) = command(run, "--tasks", "arc_easy", "--data", run / "hub")
     metrics = {m["metric"]: m for m in record["metrics"]}
-    acc, acc_norm = accuracies(trained, docs)
-    assert 0 < acc < acc_norm < 1
     assert (metrics["acc"]["value"], metrics["acc_norm"]["value"]) == pytest.approx((acc, acc_norm))
     assert metrics["acc"]["chance"] == pytest.approx(47 / 180) and record["n"] == 3
     assert metrics["acc_norm"]["stderr"] == pytest.approx(math.sqrt(acc_norm * (1 - acc_norm) / 2))

@@ -463,6 +463,33 @@ def test_a_dead_or_silent_process_ends_the_other(data, tmp_path, number, timeout
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_machines(data, tmp_path, killed):
+    """A torchrun on each, here two on one machine: a run of both and, where one of them is killed, an end and a checkpoint."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=run",
+                f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "train.py"]  # fmt: skip
+    steps = dict(max_iters=9_000, eval_interval=9_000) if killed else {}
+    command = [sys.executable, *launcher, *flags(data, tmp_path, **STEPS | dict(timeout=60) | steps)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    machines = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in "ab"]
+    started.extend(machines)
+    if killed:
+        wait_for_lines(tmp_path, 10, machines[0])
+        (processes,) = Path(f"/proc/{machines[1].pid}/task").glob("*/children")  # have sessions of their own
+        for pid in (*map(int, processes.read_text().split()), machines[1].pid):
+            os.kill(pid, signal.SIGKILL)
+        assert "error: another process ended" in machines[0].communicate(timeout=180)[0] and machines[0].returncode == 1
+        assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 0
+    else:
+        printed = [machine.communicate(timeout=300)[0] for machine in machines]
+        assert all(machine.returncode == 0 for machine in machines), printed
+        assert sum("2 process(es)" in text for text in printed) == 1  # the first process speaks for all
+        assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 20
+
+
 SAVE_GRADIENTS = """
 clip, windows, seen = torch.nn.utils.clip_grad_norm_, train.Split.windows, []
 def keep(parameters, norm):
