@@ -123,7 +123,18 @@ def load(path):
         raise UserError(f"cannot read {path}: {error}") from None
     except Exception as error:  # bytes that are no checkpoint can make the unpickler raise anything
         raise UserError(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}){offer}") from None
-    return state
+    return state | dict(model_config=renewed(path, state["model_config"]))
+
+
+def renewed(path, config):
+    """A model_config of an earlier version as this one writes it. Raises UserError for what this version does not compute."""
+    if "tau" in config:
+        return config
+    if config.get("energy") in ("linear", "gated_linear"):
+        raise UserError(f"{path} is of an earlier version, whose linear attention ended in a norm of its own: train it again")
+    if config.get("curvature", "none") != "none":  # its tau was always learned
+        config = config | dict(tau=1.0, learned=" ".join([*config["learned"].split(), "tau"]))
+    return config
 
 
 # a loss that numpy computed is kept as one of these, and making one runs no code of the file's
@@ -221,7 +232,7 @@ def load_model(path, device="cpu", **choices):
     return model.to(device), state
 
 
-SCALARS = ("beta", "gamma", "mu", "eta", "learned")
+SCALARS = ("beta", "gamma", "mu", "eta", "tau", "learned")
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")  # which surgery takes from the weights
 
 
@@ -252,12 +263,14 @@ def surgery(config, donor, weights):
             )
         if others := differs(config, "curvature", "momentum", "momentum_on", *SCALARS):
             raise UserError(f"{config.variant} cannot start as MHA: nothing undoes its {', '.join(others)}")
-        if config.momentum == "none":
-            return replace(config, **sizes), weights
-        if config.momentum not in ("polyak", "nesterov"):
+        learned, starts = {*config.learned.split()}, {}
+        if config.curvature != "none":
+            learned, starts = learned | {"tau"}, dict(tau=0.0)
+        if config.momentum not in ("none", "polyak", "nesterov"):
             raise UserError(f"momentum={config.momentum} cannot start as MHA: take polyak or nesterov")
-        learned = {"beta", *config.learned.split()} - {"mu"}
-        return replace(config, **sizes, beta=0.0, gamma=1.0, mu=None, eta=1.0, learned=" ".join(sorted(learned))), weights
+        if config.momentum != "none":
+            learned, starts = (learned | {"beta"}) - {"mu"}, starts | dict(beta=0.0, gamma=1.0, mu=None, eta=1.0)
+        return replace(config, **sizes, **starts, learned=" ".join(sorted(learned))), weights
     except ValueError as error:
         raise UserError(f"{config.variant} cannot take the weights of {donor['variant']}: {error}") from None
 

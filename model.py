@@ -49,8 +49,8 @@ VARIANTS = {
     "MHA": dict(source="nanoGPT"),
     "MomenMHA": dict(source="[Ren]", momentum="polyak"),
     "NagMHA": dict(source="[Ren]", momentum="nesterov", beta=0.9),
-    "MHA2nd1st": dict(source="[Ren], form derived", curvature="newton"),
-    "LightMHA2nd1st": dict(source="[Ren], form derived", curvature="light"),
+    "MHA2nd1st": dict(source="name from [Ren], form derived", curvature="newton", learned="tau"),
+    "LightMHA2nd1st": dict(source="name from [Ren], form derived", curvature="light", learned="tau"),
     "LinearMHA": dict(source="[Ren]", energy="linear"),
     "GatedLinearMHA": dict(source="[Ren]", energy="gated_linear"),
     "HuberMHA": dict(source="[Ren] asks, derived", energy="huber"),
@@ -58,16 +58,16 @@ VARIANTS = {
     "YuriiFormer": dict(source="[Zimin]") | YURII,
     "YuriiFormerEuler": dict(source="[Zimin]") | YURII | dict(splitting="euler"),
     "PolyakFormer": dict(source="[Zimin]") | FORMER | dict(momentum="polyak"),
-    "VerletFormer": dict(source="[Zimin], form derived") | FORMER | dict(momentum="verlet"),
-    "IMEXFormer": dict(source="[Zimin], form derived") | FORMER | dict(momentum="imex"),
+    "VerletFormer": dict(source="name from [Zimin], form derived") | FORMER | dict(momentum="verlet"),
+    "IMEXFormer": dict(source="name from [Zimin], form derived") | FORMER | dict(momentum="imex"),
     "TMMFormer": dict(source="[Gai]") | YURII | dict(momentum="triple", learned="beta gamma mu eta"),
-    "EmbedControl": dict(source="[Gai], control for YuriiFormer", velocity_init="embed"),
+    "EmbedControl": dict(source="ours, [Gai] calls for it", velocity_init="embed"),
     "CEM": dict(source="[Xu]", tied=True),
     "CEM+": dict(source="[Xu]", tied=True, diagonal=True, precond_rank=8, inner_steps=2),
     "LoopNagMHA": dict(source="[Ren] asks", momentum="nesterov", beta=0.9, n_loop=4),
 }
 # The numbers of MHA; of every other choice MHA has the first.
-NUMBERS = dict(beta=0.5, gamma=1.0, mu=None, eta=1.0, learned="", delta=1.0, precond_rank=0, inner_steps=1, n_loop=1)
+NUMBERS = dict(beta=0.5, gamma=1.0, mu=None, eta=1.0, tau=1.0, learned="", delta=1.0, precond_rank=0, inner_steps=1, n_loop=1)
 
 
 @dataclass
@@ -97,7 +97,8 @@ class GPTConfig:
     gamma: float | None = None  # weight of the oracle in the velocity, positive
     mu: float | None = None  # nesterov, triple: how far to look ahead along the velocity; else eta beta
     eta: float | None = None  # length of the step along the velocity, positive
-    learned: str | None = None  # which of "beta gamma mu eta" each layer learns; the others stay fixed
+    tau: float | None = None  # newton, light: how much of the correction is added; 1: the whole step, 0: none
+    learned: str | None = None  # which of "beta gamma mu eta tau" each layer learns, tau for every head; the others stay fixed
     delta: float | None = None  # huber: distance, in units of sqrt(hs), beyond which a key's pull is constant
     precond_rank: int | None = None  # tied: rank of the learned preconditioner; 0: none
     inner_steps: int | None = None  # tied: attention steps in a layer, on the same keys
@@ -267,8 +268,8 @@ class SoftmaxAttention(Attention):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.curvature != "none":
-            self.tau = Scalar(torch.zeros(config.n_head, 1, 1))  # starts as MHA
+        learned = "tau" in config.learned.split()
+        self.tau = Scalar(torch.full((config.n_head, 1, 1), config.tau) if learned else config.tau, learned=learned)
 
     def attend(self, q, k, v, dropout):
         if self.config.curvature == "none":
@@ -284,13 +285,23 @@ class HuberAttention(Attention):
 
 
 class LinearAttention(Attention):
-    """E_j = -(q.k_j)^2 / 2, whose free energy is a plain sum. It remembers the past as a state S and not as keys."""
+    """
+    E_j = -(q.k_j)^2 / 2, whose free energy is a plain sum. It remembers the past as a state S and not as keys. Its step is
+
+        o_i / sqrt(N_i)        N_i = a_i N_{i-1} + 1        (N = i where a = 1)
+
+    A sum of N terms that do not know of each other is sqrt(N) times as large as one [derived]. A norm of o_i instead would blow
+    up at the first positions, where o_i is a single product and its norm little but a sign.
+    """
 
     def forward(self, x, cache=None):
-        o, S = linear_attention(*self.qkv(x), self.log_a(x), None if cache is None else cache.S)
+        log_a, past = self.log_a(x), (None, None) if cache is None or cache.S is None else cache.S
+        one = torch.ones_like(log_a)[..., None]
+        o, S = linear_attention(*self.qkv(x), log_a, past[0])
+        N, n = linear_attention(one, one, one, log_a, past[1])
         if cache is not None:
-            cache.S = S
-        return self.out(F.rms_norm(o, o.shape[3:], eps=1e-5))  # a sum over the past, not a mean: keeps its scale
+            cache.S = S, n
+        return self.out(o / N.sqrt())
 
     def log_a(self, x):
         """log a: (B, nh, T), <= 0 by construction and in float32, where a sum over many tokens stays exact."""
@@ -303,11 +314,11 @@ class GatedLinearAttention(LinearAttention):
     def __init__(self, config):
         super().__init__(config)
         self.c_gate = nn.Linear(config.n_embd, config.n_head)
-        # spreads the heads' memories: at first they forget half of what they saw in 1 to 280 tokens
-        self.register_buffer("horizon", torch.linspace(0, 6, config.n_head)[:, None], persistent=False)
 
     def log_a(self, x):
-        return F.logsigmoid(self.c_gate(x).mT.to(torch.promote_types(x.dtype, torch.float32)) + self.horizon)
+        gate = self.c_gate(x).mT.to(torch.promote_types(x.dtype, torch.float32))
+        # spreads the heads' memories: at first they forget half of what they saw in 1 to 280 tokens
+        return F.logsigmoid(gate + torch.linspace(0, 6, gate.size(1), device=x.device)[:, None])
 
 
 ENERGIES = dict(softmax=SoftmaxAttention, linear=LinearAttention, gated_linear=GatedLinearAttention, huber=HuberAttention)
@@ -790,14 +801,16 @@ RANGES = {  # where numbers must lie: the test, and the names
     "must be at least 0": (lambda n: n >= 0, "precond_rank"),
     "must lie in [0, 1)": (lambda n: 0 <= n < 1, "dropout beta mu"),
     "must be positive and finite": (lambda n: 0 < n < math.inf, "gamma eta delta"),
+    "must be finite": (math.isfinite, "tau"),
 }
 READ_BY = {  # knobs, and the choices that read them: with others they would do nothing, so they stay as they are in MHA
     "delta": ("energy", {"huber"}),
     "diagonal precond_rank inner_steps": ("tied", {True}),
     "momentum_on beta eta": ("momentum", MOVING),
-    "gamma learned velocity_norm": ("momentum", VELOCITY),
+    "gamma velocity_norm": ("momentum", VELOCITY),
     "velocity_init": ("momentum", VELOCITY | {"none"}),  # none: EmbedControl
     "mu": ("momentum", LOOKS_AHEAD),
+    "tau": ("curvature", {*CURVATURES}),
 }
 NEEDS = [  # choices, what they need, and why
     (dict(curvature={*CURVATURES}), dict(energy="softmax"), "is derived for the softmax energy"),
@@ -812,13 +825,21 @@ NEEDS = [  # choices, what they need, and why
 RELATIONS = [  # what else must hold, and what to say where it does not
     (lambda c: c.n_head < 1 or c.n_embd % c.n_head == 0,
      lambda c: f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}"),
-    (lambda c: all(dict(gamma=True, eta=True, beta=not c.reversible, mu=c.momentum in LOOKS_AHEAD and c.mu).get(name)
-                   for name in c.learned.split()),
-     lambda c: f"learned={c.learned!r} may name gamma, eta, beta if reversible=False, and mu if a look-ahead has one above 0"),
+    (lambda c: {*c.learned.split()} <= learnable(c),
+     lambda c: f"learned={c.learned!r} may name {', '.join(sorted(learnable(c))) or 'nothing'} here: gamma, eta and, if "
+               "reversible=False, beta with a velocity; mu if a look-ahead has one above 0; tau with a curvature"),
     (lambda c: not c.reversible or c.beta ** max(0, 2 * c.n_layer * c.n_loop) > 1e-8,
      lambda c: f"reversible=True divides by beta={c.beta} twice in each of {c.n_layer} x {c.n_loop} layers, more than float64 "
                f"can bear: take beta of at least {1e-8 ** (0.5 / c.n_layer / c.n_loop) + 0.005:.2f}"),
 ]  # fmt: skip
+
+
+def learnable(c):
+    """The scalars of a configuration that can be learned."""
+    moving = c.momentum in VELOCITY
+    can = dict(gamma=moving, eta=moving, beta=moving and not c.reversible, mu=c.momentum in LOOKS_AHEAD and c.mu,
+               tau=c.curvature != "none")  # fmt: skip
+    return {name for name, is_so in can.items() if is_so}
 
 
 @functools.cache
@@ -833,11 +854,12 @@ OF_MHA = {axis: values[0] for axis, values in axes(GPTConfig).items()} | NUMBERS
 
 
 def resolved(config):
-    """What None means for each choice: as the variant says, or as in MHA; mu is dropped where the momentum does not read it."""
+    """What None means for each choice: as the variant says, or as in MHA; mu and tau are dropped where nothing reads them."""
     row = VARIANTS.get(config.variant, {})
-    if (config.momentum or row.get("momentum")) not in LOOKS_AHEAD:
-        row = row | dict(mu=None, learned=row.get("learned", "").replace(" mu", ""))
-    return {name: row.get(name, value) for name, value in OF_MHA.items()}
+    unread = {"mu"} if (config.momentum or row.get("momentum")) not in LOOKS_AHEAD else set()
+    unread |= {"tau"} if (config.curvature or row.get("curvature")) not in CURVATURES else set()
+    learned = " ".join(name for name in row.get("learned", "").split() if name not in unread)
+    return {name: value if name in unread else row.get(name, value) for name, value in OF_MHA.items()} | dict(learned=learned)
 
 
 def outside(config, ranges):

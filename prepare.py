@@ -534,7 +534,9 @@ def prepare(args):
             raise
         # from here on there is no way back: Ctrl-C waits, and what cannot be moved stays where it is
         interrupted = []  # not by a mask: another thread would take the signal
-        handler = signal.signal(signal.SIGINT, lambda *arguments: interrupted.append(arguments))
+        handler = signal.getsignal(signal.SIGINT)
+        if handler is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, lambda *arguments: interrupted.append(arguments))
         try:
             clear(folder)
             for shard in (shard["file"] for shards in meta["shards"].values() for shard in shards):
@@ -542,9 +544,7 @@ def prepare(args):
             os.rename(partial / "meta.json", folder / "meta.json")
             clear(partial, lock=True)
         finally:
-            signal.signal(signal.SIGINT, handler)
-    if interrupted:
-        raise KeyboardInterrupt
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
     seconds = time.time() - started
     for split, shards in meta["shards"].items():
         tokens = sum(shard["tokens"] for shard in shards)
@@ -553,6 +553,8 @@ def prepare(args):
         print(f"{missing:,} rows without text were left out")
     size = sum(meta["bytes"].values())
     print(f"{folder}: {size / 1e6:.1f} MB of text in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s")
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def write_shards(args, tokenizer, encoding, dtype, folder, work, marks):

@@ -288,16 +288,16 @@ def attention(attn, x):
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         keys, values, decay = k[b, h, : i + 1], v[b, h, : i + 1], torch.ones(i + 1, dtype=x.dtype)
         if c.energy == "gated_linear":
-            a = (attn.c_gate(x[b, : i + 1])[:, h] + attn.horizon[h]).sigmoid()
+            a = (attn.c_gate(x[b, : i + 1])[:, h] + 6 * h / (c.n_head - 1)).sigmoid()
             decay = torch.stack([a[j + 1 :].prod() for j in range(i + 1)])
 
         def attend(q, v, keys=keys, decay=decay):
             return EQUATIONS["energy"][c.energy](q, keys, T, decay, c.delta * T) @ v
 
-        tau = attn.tau()[h, 0] if c.curvature != "none" else 0.0
+        tau = attn.tau.raw[h, 0, 0] if "tau" in c.learned else c.tau
         o[b, h, i] = EQUATIONS["curvature"][c.curvature](attend, q[b, h, i], keys, values, tau)
-    if c.energy in ONE_SCALE:
-        o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        if c.energy in SUMS:
+            o[b, h, i] /= decay.sum().sqrt()
     return attn.c_proj(o.transpose(1, 2).flatten(2))
 
 
@@ -390,8 +390,8 @@ EQUATIONS = dict(
     qk_norm={False: lambda t: t, True: lambda t: t / t.norm(dim=-1, keepdim=True) * math.sqrt(t.size(-1))},
     reversible={False: lambda logits: logits, True: lambda logits: logits},  # only memory differs
 )
-# the energies whose o is a sum over the past and not a mean, and is brought to one scale
-ONE_SCALE = {"linear", "gated_linear"}
+# the energies whose o is a sum over the past and not a mean, so it is divided by the root of its number of terms
+SUMS = {"linear", "gated_linear"}
 # what a value needs beside it to say something
 BESIDE = {
     ("momentum_on", "both"): dict(momentum="nesterov"),
@@ -569,8 +569,9 @@ def test_momenmha_unrolls_to_a_densenet():
     torch.testing.assert_close(ends[1], ends[0] + sum(c * g for c, g in zip(c, g, strict=True)))
 
 
-@pytest.mark.parametrize("choice", [dict(curvature="newton"), dict(curvature="light"), dict(momentum="polyak", beta=0.0),
-                                    dict(momentum="nesterov", beta=0.0, learned="beta")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("choice", [dict(curvature="newton", tau=0.0), dict(curvature="light", tau=0.0, learned="tau"),
+                                    dict(momentum="polyak", beta=0.0), dict(momentum="nesterov", beta=0.0, learned="beta")],
+                         ids=str)  # fmt: skip
 def test_without_correction_or_velocity_a_variant_is_mha(choice):
     mha, model = tiny(), GPT(GPTConfig(**(vars(tiny().config) | choice))).eval()
     model.load_state_dict(mha.state_dict(), strict=False)
@@ -705,10 +706,10 @@ GOLDEN = {
     "MHA": (3.908, 3.6609, 3.5005),
     "MomenMHA": (3.9072, 3.6802, 3.5077),
     "NagMHA": (3.9064, 3.6868, 3.5246),
-    "MHA2nd1st": (3.908, 3.6613, 3.4997),
-    "LightMHA2nd1st": (3.908, 3.6613, 3.4997),
-    "LinearMHA": (3.9168, 3.822, 3.7619),
-    "GatedLinearMHA": (3.8838, 3.8352, 3.7458),
+    "MHA2nd1st": (3.908, 3.6611, 3.4969),
+    "LightMHA2nd1st": (3.908, 3.6611, 3.497),
+    "LinearMHA": (3.9101, 3.6359, 3.4604),
+    "GatedLinearMHA": (3.8902, 3.6202, 3.3765),
     "HuberMHA": (3.9081, 3.6616, 3.497),
     "DenseMHA": (3.9049, 3.7103, 3.5447),
     "YuriiFormer": (3.8914, 3.5933, 3.347),
@@ -747,6 +748,19 @@ def training_losses(variant):
 def test_golden_losses(variant):
     assert variant in GOLDEN, f"once {variant} follows its equations, add to GOLDEN what python test_model.py {variant} prints"
     assert training_losses(variant) == pytest.approx(GOLDEN[variant], abs=2e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_in_bfloat16_are_those_in_float32(variant):
+    """To 3%, through twelve layers, as they start."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(variant, n_layer=12, n_head=2, n_embd=64, block_size=64, vocab_size=50))
+    idx, grads = tokens(model, B=1), []
+    for short in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=short):
+            loss = model(idx, idx.roll(-1, 1))[1]
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
+    assert (grads[1] - grads[0]).norm() < 0.03 * grads[0].norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -846,7 +860,7 @@ def test_gates_and_states_stay_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert attn.log_a(torch.randn(2, 5, 16)).dtype == torch.float32
         attn(torch.randn(2, 5, 16), cache)
-    assert cache.S.dtype == torch.float32
+    assert [t.dtype for t in cache.S] == [torch.float32] * 2  # the state and the number of terms
 
 
 def test_a_state_adds_up_small_numbers_under_autocast():
@@ -956,8 +970,11 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(energy="linear", curvature="light"), "take energy=softmax"),
         (dict(energy="huber", curvature="newton"), "take energy=softmax"),
         (dict(momentum_on="both"), "take momentum_on='attention'"),
-        (dict(learned="beta"), "take learned=''"),
-        (dict(momentum="dense", learned="beta"), "take learned=''"),
+        (dict(learned="beta"), "may name nothing here"),
+        (dict(curvature="light", learned="tau beta"), "may name tau here"),
+        (dict(tau=0.5), "tau=0.5 belongs to curvature=light or newton"),
+        (dict(curvature="newton", tau=math.inf), "tau=inf must be finite"),
+        (dict(momentum="dense", learned="beta"), "may name nothing here"),
         (dict(velocity_norm=True), "take velocity_norm=False"),
         (dict(momentum="dense", gamma=2.0), "take gamma=1.0"),
         (dict(beta=0.9), "belongs to momentum="),
@@ -977,7 +994,7 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(reversible=True), "momentum=polyak"),
         (dict(variant="PolyakFormer", reversible=True), "velocity_norm=False"),
         (dict(REVERSIBLE, dropout=0.1), "dropout=0"),
-        (dict(REVERSIBLE, learned="beta gamma"), "beta if reversible=False"),
+        (dict(REVERSIBLE, learned="beta gamma"), "may name eta, gamma here"),
         (dict(energy="huber", delta=math.inf), "delta=inf must be positive and finite"),
         (dict(REVERSIBLE, beta=0.5, n_layer=24), "take beta of at least 0.69"),
     ],

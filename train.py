@@ -62,7 +62,7 @@ class Config(GPTConfig):
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with AdamW for the rest
     learning_rate: float = 6e-4  # highest rate
-    scalar_learning_rate: float | None = None  # the same for learned scalars; None: learning_rate
+    scalar_learning_rate: float | None = None  # the same for learned scalars; None: five times learning_rate, as [Zimin]
     weight_decay: float = 0.1  # of matrices and embeddings
     beta1: float = 0.9  # AdamW's first moment
     beta2: float = 0.95  # AdamW's second moment
@@ -112,7 +112,7 @@ def optimizers(model, cfg, device):
         dict(params=[p for p in rest if p.dim() == 2], weight_decay=cfg.weight_decay, peak=1.0),
         dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0, peak=1.0),
         dict(params=[p for p in model.parameters() if p in scalars], weight_decay=0.0,
-             peak=1.0 if cfg.scalar_learning_rate is None else cfg.scalar_learning_rate / cfg.learning_rate),
+             peak=5.0 if cfg.scalar_learning_rate is None else cfg.scalar_learning_rate / cfg.learning_rate),
     ]  # fmt: skip
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), fused=device != "mps")
     if not hidden:
@@ -236,7 +236,7 @@ class Machine:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a missing or broken compiler raises, the model runs without it
-            failures[self.rank] = (str(error) or type(error).__name__).splitlines()[0]
+            failures[self.rank] = (str(error).strip() or type(error).__name__).splitlines()[0]
         if self.distributed:  # a process that went on alone would slow the others
             dist.all_gather_object(failures, failures[self.rank])
         model.zero_grad(set_to_none=True)

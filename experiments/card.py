@@ -1,7 +1,7 @@
 """
 A quarter of an hour on a card: how fast are the models there, are they right, and what do they learn?
 
-    python -m experiments.card --nanogpt ../nanoGPT --minutes 9     all of it on one CUDA card, after python prepare.py minipile
+    python -m experiments.card --nanogpt ../nanoGPT --minutes 12    all of it on one CUDA card, after python prepare.py minipile
     python -m experiments.card training gradients                   some of it
     python -m experiments.card --rehearse                           the same at toy size, on a CPU as well
 
@@ -24,6 +24,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -49,7 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMED = (NANOGPT, "MHA", "NagMHA", "YuriiFormer", "LightMHA2nd1st", "MHA2nd1st", "HuberMHA", "GatedLinearMHA")
 LEARNING = ("MHA", "NagMHA", "MomenMHA", "LightMHA2nd1st", "MHA2nd1st", "YuriiFormer", "EmbedControl")
 # the models: those of health, speed and learning, and those of a rehearsal. Systems that learn share the card's memory
-SMALL = dict(n_layer=4, n_head=2, n_embd=128, block_size=256)
+SMALL = dict(n_layer=4, n_head=2, n_embd=128, block_size=512)
 GPT124M = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12, new_tokens=128)
 GPT30M = dict(block_size=1024, batch_size=8, gradient_accumulation_steps=2, eval_iters=26)  # of config/minipile_30m.toml
 TOY = dict(n_layer=2, n_head=1, n_embd=16, block_size=32)
@@ -114,7 +115,7 @@ def training(args):
     multiply = bars.matrix_products(args, 8192 if DEVICE == "cuda" else 256)
     flop, tokens = statistics.median(multiply() for _ in range(9)), args.batch_size * args.block_size
     for name, results in found.items():
-        (compiling, *_), seconds, memory = zip(*results, strict=True)
+        (compiling, *_), (_, *seconds), memory = zip(*results, strict=True)  # the others compiled during the first
         config = GPTConfig(
             "MHA" if name == NANOGPT else name, bias=False, **{size: getattr(args, size) for size in bench.SIZES}
         )
@@ -162,16 +163,18 @@ def gradients(args):
     idx = torch.randint(512, (2, args.small["block_size"]), generator=torch.Generator().manual_seed(0))
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    for name in VARIANTS:
-        loss, g = gradient(small(args, name, "cpu").double(), idx, torch.float64)
-        row = dict(right=True)
-        for dtype, least in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-            loss_here, g_here = gradient(small(args, name), idx, dtype)
-            errors = abs(loss_here / loss - 1), ((g_here - g).norm() / g.norm()).item()
-            row |= {f"{what}, {str(dtype)[6:]}": error for what, error in zip(("loss", "gradient"), errors, strict=True)}
-            row["right"] &= max(errors) < least
-        yield name, row
-    torch.set_float32_matmul_precision(precision)
+    try:
+        for name in VARIANTS:
+            loss, g = gradient(small(args, name, "cpu").double(), idx, torch.float64)
+            row = dict(right=True)
+            for dtype, least in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+                loss_here, g_here = gradient(small(args, name), idx, dtype)
+                errors = abs(loss_here / loss - 1), ((g_here - g).norm() / g.norm()).item()
+                row |= {f"{what}, {str(dtype)[6:]}": error for what, error in zip(("loss", "gradient"), errors, strict=True)}
+                row["right"] &= max(errors) < least
+            yield name, row
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def cached(args):
@@ -226,10 +229,13 @@ def short_runs(args):
         state, losses = run(args, f"{folder}/1", variant="NagMHA", dtype="float16", max_iters=20)
         last = f"{losses[0]:.3f} to {losses[-1]:.3f}, scale {state['scaler']['scale']:g}"
         yield "float16", dict(right=losses[-1] < losses[0], last=last)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "train.py"]
-        done = subprocess.run([*command, *small_run(args, f"{folder}/2", max_iters=10)], capture_output=True, text=True)
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line]
-        yield "torchrun", dict(right=done.returncode == 0 and "failed" not in done.stdout, last=lines[-1])
+        for name in ("MHA", "MHA2nd1st"):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "train.py"]
+            command += small_run(args, f"{folder}/{name}", variant=name, max_iters=10)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left(args))
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if line]
+            right = done.returncode == 0 and "failed" not in done.stdout
+            yield f"torchrun, {name}", dict(right=right, last=(lines or [""])[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,6 +266,7 @@ def compare(args, name, steps, seeds, **knobs):
 def learning(args):
     steps = args.steps
     if not steps:  # a short comparison says how long one takes
+        shutil.rmtree("out/learning_short", ignore_errors=True)  # of another time: what is finished would not run again
         seconds, systems = compare(args, "learning_short", 40, [0], eval_interval=40)
         a_step = max(run["per_step"]["seconds"] for (run,) in systems.values())
         starting = seconds - 40 * a_step
@@ -309,7 +316,7 @@ def keep(records, title, part, args):
 def main(arguments):
     parser = parser_with(__doc__, nanogpt=None, dtype="bfloat16")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all, in this order")
-    parser.add_argument("--minutes", type=float, default=9, help="time for all of it")
+    parser.add_argument("--minutes", type=float, default=12, help="time for all of it")
     parser.add_argument("--rehearse", action="store_true", help="do it at toy size")
     parser.add_argument("--dataset", default="minipile", help="folder below --data_dir")
     parser.add_argument("--data_dir", default=str(ROOT / "data"))

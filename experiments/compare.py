@@ -12,7 +12,7 @@ seconds a step, evaluations left out, and its schedule ends when the budget does
 min_lr in the config's proportion, and every system is shown at its best rate.
 
 Runs live in out/NAME. Finished ones are not run again and interrupted ones go on, so the command can be stopped and
-repeated. It writes results/NAME.md, .png and .json, which has the curves and all that the other two are made from.
+repeated. It writes NAME.md, .png and .json to --out; the last has the curves and all that the other two are made from.
 """
 
 import datetime
@@ -52,15 +52,22 @@ def count(cfg):
 
 
 def matched(cfg, other):
-    """The n_embd, heads of a multiple of 8, that brings cfg's number of parameters nearest to other's."""
-    step, n = 8 * cfg.n_head, sum(count(other).values())  # odd widths are slow
-    widths = range(step, 16 * other.n_embd, step)
+    """
+    The n_embd that brings cfg's number of parameters nearest to other's: with heads of a multiple of 8, which are fast, if such
+    a width comes within 1%, otherwise of all.
+    """
+    n = sum(count(other).values())
 
     def size(width):
         return sum(count(replace(cfg, n_embd=width)).values())
 
-    i = bisect(widths, n, key=size)
-    return min(widths[max(0, i - 1) : i + 1], key=lambda width: abs(size(width) - n))
+    def nearest(step):
+        widths = range(step, max(2 * step, 16 * other.n_embd), step)
+        i = bisect(widths, n, key=size)
+        return min(widths[max(0, i - 1) : i + 1], key=lambda width: abs(size(width) - n))
+
+    even = nearest(8 * cfg.n_head)
+    return even if abs(size(even) / n - 1) < 0.01 else nearest(cfg.n_head)
 
 
 def command_of(system, common):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,20 @@ def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(torch, "compile", lambda model: broken)
     state, _ = fit(data, tmp_path, max_iters=1, compile=True)
     assert state["step"] == 1 and capsys.readouterr().out.count("no compiler here") == 1
+
+
+def test_checkpoints_from_before_tau_was_a_number(tmp_path):
+    """A second-order system learned it, whatever its configuration said; a linear one computed something else."""
+    for variant in ("MHA2nd1st", "LinearMHA"):
+        model = tiny(variant, noise=0.1)
+        config = {k: v for k, v in asdict(model.config).items() if k != "tau"} | dict(learned="")
+        checkpoint.save(tmp_path, dict(model=model.state_dict(), model_config=config, tokenizer="bytes", step=7), best=False)
+        idx = torch.arange(9)[None]
+        if variant == "MHA2nd1st":
+            assert torch.equal(checkpoint.load_model(tmp_path / "ckpt.pt")[0](idx)[0], model(idx)[0])
+        else:
+            with pytest.raises(UserError, match="ckpt.pt is of an earlier version, whose linear attention"):
+                checkpoint.load_model(tmp_path / "ckpt.pt")
 
 
 def test_a_run_that_takes_no_step_does_not_compile(data, trained, tmp_path, monkeypatch):
