@@ -128,12 +128,16 @@ def load(path):
 
 def renewed(path, config):
     """A model_config of an earlier version as this one writes it. Raises UserError for what this version does not compute."""
-    if "tau" in config:
-        return config
-    if config.get("energy") in ("linear", "gated_linear"):
+    learned = config.get("learned", "").split()
+    gone = dict(verlet="kicked and drifted in another order", imex="had its friction implicit and not its force")
+    if why := gone.get(config.get("momentum")):
+        raise UserError(f"{path} is of an earlier version, whose {config['variant']} {why}: train it again")
+    if "tau" not in config and config.get("energy") in ("linear", "gated_linear"):
         raise UserError(f"{path} is of an earlier version, whose linear attention ended in a norm of its own: train it again")
-    if config.get("curvature", "none") != "none":  # its tau was always learned
-        config = config | dict(tau=1.0, learned=" ".join([*config["learned"].split(), "tau"]))
+    if config.get("momentum") == "triple":  # nesterov that always learned eta
+        return config | dict(momentum="nesterov", learned=" ".join(dict.fromkeys([*learned, "eta"])))
+    if "tau" not in config and config.get("curvature", "none") != "none":  # its tau was always learned
+        return config | dict(tau=1.0, learned=" ".join([*learned, "tau"]))
     return config
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations  # GPTConfig names tables that stand further 
 
 import difflib
 import functools
+import itertools
 import math
 import typing
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ YURII = FORMER | dict(momentum="nesterov", learned="beta gamma mu", mu=0.9)
 # A paper's name: what it chooses differently from MHA, and where it stands.
 VARIANTS = {
     "MHA": dict(source="nanoGPT"),
+    "MHAEuler": dict(source="[Zimin]", splitting="euler"),
     "MomenMHA": dict(source="[Ren]", momentum="polyak"),
     "NagMHA": dict(source="[Ren]", momentum="nesterov", beta=0.9),
     "MHA2nd1st": dict(source="name from [Ren], form derived", curvature="newton", learned="tau"),
@@ -58,16 +60,29 @@ VARIANTS = {
     "YuriiFormer": dict(source="[Zimin]") | YURII,
     "YuriiFormerEuler": dict(source="[Zimin]") | YURII | dict(splitting="euler"),
     "PolyakFormer": dict(source="[Zimin]") | FORMER | dict(momentum="polyak"),
-    "VerletFormer": dict(source="name from [Zimin], form derived") | FORMER | dict(momentum="verlet"),
-    "IMEXFormer": dict(source="name from [Zimin], form derived") | FORMER | dict(momentum="imex"),
-    "TMMFormer": dict(source="[Gai]") | YURII | dict(momentum="triple", learned="beta gamma mu eta"),
+    "VerletFormer": dict(source="name from [Zimin], form derived") | FORMER | dict(momentum="polyak", splitting="strang"),
+    "IMEXFormer": dict(source="name from [Zimin], form derived") | YURII | dict(implicit_steps=2),
+    "TMMFormer": dict(source="[Gai]") | YURII | dict(learned="beta gamma mu eta"),
+    "AdamFormer": dict(source="[Gai]") | FORMER | dict(momentum="adam"),
     "EmbedControl": dict(source="ours, [Gai] calls for it", velocity_init="embed"),
     "CEM": dict(source="[Xu]", tied=True),
     "CEM+": dict(source="[Xu]", tied=True, diagonal=True, precond_rank=8, inner_steps=2),
     "LoopNagMHA": dict(source="[Ren] asks", momentum="nesterov", beta=0.9, n_loop=4),
 }
 # The numbers of MHA; of every other choice MHA has the first.
-NUMBERS = dict(beta=0.5, gamma=1.0, mu=None, eta=1.0, tau=1.0, learned="", delta=1.0, precond_rank=0, inner_steps=1, n_loop=1)
+NUMBERS = dict(
+    beta=0.5,
+    gamma=1.0,
+    mu=None,
+    eta=1.0,
+    tau=1.0,
+    learned="",
+    delta=1.0,
+    precond_rank=0,
+    inner_steps=1,
+    implicit_steps=1,
+    n_loop=1,
+)
 
 
 @dataclass
@@ -86,7 +101,7 @@ class GPTConfig:
     curvature: Literal["none", *CURVATURES] | None = None  # how its gradient is preconditioned
     momentum: Literal[*RULES] | None = None  # how the iterate moves
     momentum_on: Literal[*MOVED] | None = None  # the oracles that the velocity sums
-    splitting: Literal[*SPLITTINGS] | None = None  # a step on attention and one on the MLP, or one on both
+    splitting: Literal[*SPLITTINGS] | None = None  # the steps of a layer: on attention and MLP in turn, on both, or A/2, M, A/2
     velocity_init: Literal["zero", "embed"] | None = None  # the velocity before the first layer; embed: tables of its own
     velocity_norm: bool | None = None  # a LayerNorm on the velocity, at every step
     tied: bool | None = None  # values are the keys, output projections are transposed input projections
@@ -95,13 +110,14 @@ class GPTConfig:
     reversible: bool | None = None  # rebuild activations in the backward pass instead of storing them
     beta: float | None = None  # velocity kept from one step to the next, in [0, 1)
     gamma: float | None = None  # weight of the oracle in the velocity, positive
-    mu: float | None = None  # nesterov, triple: how far to look ahead along the velocity; else eta beta
+    mu: float | None = None  # nesterov: how far to look ahead along the velocity; else eta beta
     eta: float | None = None  # length of the step along the velocity, positive
     tau: float | None = None  # newton, light: how much of the correction is added; 1: the whole step, 0: none
     learned: str | None = None  # which of "beta gamma mu eta tau" each layer learns, tau for every head; the others stay fixed
     delta: float | None = None  # huber: distance, in units of sqrt(hs), beyond which a key's pull is constant
     precond_rank: int | None = None  # tied: rank of the learned preconditioner; 0: none
     inner_steps: int | None = None  # tied: attention steps in a layer, on the same keys
+    implicit_steps: int | None = None  # nesterov: fixed-point iterations towards the implicit step; 1: the look-ahead alone
     n_loop: int | None = None  # times that the stack of blocks is applied
 
     def __post_init__(self):
@@ -417,19 +433,21 @@ class TiedMLP(nn.Module):
 
 
 # ---- update rules: x, v, oracles -> x, v -----------------------------------------------------------------------------
-# A rule is made from the config, the number of oracles that it asks (two under Euler splitting, else one) and the number of the
-# momentum's steps before it in the stack (n_loop adds none). g(y) is the sum of what its oracles say at y.
+# A rule is made from the config, the number of oracles that it asks (two under Euler splitting, else one), the number of the
+# momentum's steps before it in the stack (n_loop adds none), and its weight, 1/2 where a layer takes it twice. g(y) is the sum
+# of what its oracles say at y.
 
 
 class Gradient(nn.Module):
     """x <- x + g(x), the residual connection. A velocity passes by unchanged."""
 
-    def __init__(self, config, n_oracles, before):
+    def __init__(self, config, n_oracles, before, weight):
         super().__init__()
+        self.weight = weight
 
     def forward(self, x, v, *oracles):
         for g in [oracle(x) for oracle in oracles]:
-            x = x + g
+            x = torch.add(x, g, alpha=self.weight)
         return x, v
 
 
@@ -439,17 +457,16 @@ class Momentum(nn.Module):
     g(y) = sum_k gamma_k g_k(y). The scalars named in `learned` are parameters, the others the config's constants.
     """
 
-    always_learned = ()  # the scalars that are parameters in any case
-
-    def __init__(self, config, n_oracles, before):
+    def __init__(self, config, n_oracles, before, weight):
         super().__init__()
-        learned = (*config.learned.split(), *self.always_learned)
+        learned = config.learned.split()
         # a sigmoid could not leave 0, where surgery (checkpoint.py) starts
         self.beta = Scalar(config.beta, "unit" if config.beta > 0 else "real", "beta" in learned)
-        self.gamma = nn.ModuleList(Scalar(config.gamma, "positive", "gamma" in learned) for _ in range(n_oracles))
+        self.gamma = nn.ModuleList(Scalar(weight * config.gamma, "positive", "gamma" in learned) for _ in range(n_oracles))
         self.eta = Scalar(config.eta, "positive", "eta" in learned)
         self.mu = Scalar(config.mu, "unit", "mu" in learned) if config.mu is not None else None
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias) if config.velocity_norm else nn.Identity()
+        self.implicit_steps = config.implicit_steps
 
     def force(self, y, oracles, onto):
         """onto + g(y). Under autocast the oracles answer in a short dtype, and the sum is made in that of `onto`."""
@@ -467,46 +484,39 @@ class Polyak(Momentum):
 
 
 class Nesterov(Momentum):
-    """v <- N(beta v + g(x + mu v));  x <- x + eta v        mu = eta beta unless given        [Ren] NagMHA, [Zimin]"""
+    """
+    v <- N(beta v + g(x + mu v));  x <- x + eta v        mu = eta beta unless given        [Ren] NagMHA, [Zimin]
+
+    The look-ahead is the first iteration towards the implicit step v' = N(beta v + g(x + eta v')). implicit_steps of them, each
+    from where the one before ended, are IMEXFormer        [name from Zimin, form derived].
+    """
 
     def forward(self, x, v, *oracles):
         beta, eta = self.beta(x), self.eta(x)
-        mu = eta * beta if self.mu is None else self.mu(x)
-        v = self.norm(self.force(x + mu * v, oracles, onto=beta * v))
-        return x + eta * v, v
+        y = x + (eta * beta if self.mu is None else self.mu(x)) * v
+        for _ in range(self.implicit_steps):
+            ahead = self.norm(self.force(y, oracles, onto=beta * v))
+            y = x + eta * ahead
+        return y, ahead
 
 
-class Triple(Nesterov):
-    """Nesterov with an eta that is always learned. It is the nu of triple momentum.        [Gai] TMMFormer"""
-
-    always_learned = ("eta",)
-
-
-class IMEX(Momentum):
+class Adam(Momentum):
     """
-    v <- beta N(v + g(x));  x <- x + eta v    [Zimin] IMEXFormer, form derived. Friction is implicit: v' = v + g(x) - lambda v'
-    with beta = 1 / (1 + lambda). beta stands outside N, since N forgets the length of what it is given.
+    m <- beta m + (1 - beta) g(x);  s <- beta_s s + (1 - beta_s) g(x)^2;  x <- x + gamma N(m / (sqrt(s) + eps))
+
+    v is m and then the pair of m and s, which starts at 1. g is a plain sum.        [Gai] AdamFormer, beta_s and eps ours
     """
+
+    beta_s, eps = 0.9, 1e-6
+
+    def __init__(self, config, n_oracles, before, weight):
+        super().__init__(config, 1, before, weight)
 
     def forward(self, x, v, *oracles):
-        v = self.beta(x) * self.norm(self.force(x, oracles, onto=v))
-        return x + self.eta(x) * v, v
-
-
-class Verlet(Momentum):
-    """
-    v <- N(beta v + g(x));  x <- x + eta v    [Zimin] VerletFormer, form derived. Attention kicks v and x drifts, the MLP only
-    kicks. The last MLP of a round drifts too: it would not count otherwise.
-    """
-
-    def __init__(self, config, n_oracles, before):
-        super().__init__(config, n_oracles, before)
-        self.drifts = before % 2 == 0 or before == 2 * config.n_layer - 1
-        self.eta = self.eta if self.drifts else None
-
-    def forward(self, x, v, *oracles):
-        v = self.norm(self.force(x, oracles, onto=self.beta(x) * v))
-        return (x + self.eta(x) * v if self.drifts else x), v
+        m, s = v if isinstance(v, tuple) else (v, torch.ones_like(v))
+        beta, g = self.beta(x), sum(oracle(x) for oracle in oracles).to(x.dtype)
+        m, s = beta * m + (1 - beta) * g, self.beta_s * s + (1 - self.beta_s) * g.square()
+        return x + self.gamma[0](x) * self.norm(m / (s.sqrt() + self.eps)), (m, s)
 
 
 class Dense(nn.Module):
@@ -515,9 +525,9 @@ class Dense(nn.Module):
     table w, started at eta beta^(l-m). v is the tuple of all directions so far.
     """
 
-    def __init__(self, config, n_oracles, before):
+    def __init__(self, config, n_oracles, before, weight):
         super().__init__()
-        self.w = Scalar(config.eta * config.beta ** torch.arange(before, -1, -1.0))
+        self.w = Scalar(weight * config.eta * config.beta ** torch.arange(before, -1, -1.0))
 
     def forward(self, x, v, *oracles):
         v = (*(v if isinstance(v, tuple) else ()), sum(oracle(x) for oracle in oracles))
@@ -526,8 +536,9 @@ class Dense(nn.Module):
         return x, v
 
 
-RULES = dict(none=Gradient, polyak=Polyak, nesterov=Nesterov, triple=Triple, verlet=Verlet, imex=IMEX, dense=Dense)
-SPLITTINGS = dict(lie_trotter=("A", "M"), euler=("AM",))  # the steps of a layer, by what each asks: A attention, M the MLP
+RULES = dict(none=Gradient, polyak=Polyak, nesterov=Nesterov, adam=Adam, dense=Dense)
+# the steps of a layer, by what each asks: A attention, M the MLP. What strang takes twice has half the weight each time
+SPLITTINGS = dict(lie_trotter=("A", "M"), euler=("AM",), strang=("A", "M", "A"))
 MOVED = dict(attention=("A",), both=("A", "M", "AM"))  # the steps that the momentum's rule takes; the others are Gradient's
 
 
@@ -546,16 +557,18 @@ class Block(nn.Module):
         self.asked, moved, self.rules = SPLITTINGS[config.splitting], MOVED[config.momentum_on], nn.ModuleList()
         before = layer * sum(asked in moved for asked in self.asked)
         for asked in self.asked:
-            self.rules.append((RULES[config.momentum] if asked in moved else Gradient)(config, len(asked), before))
+            rule, weight = RULES[config.momentum] if asked in moved else Gradient, 1 / self.asked.count(asked)
+            self.rules.append(rule(config, len(asked), before, weight))
             before += asked in moved
 
-    def steps(self, cache=None):
-        """The layer as pairs of a rule and the oracles that it asks, in the order of the steps."""
-        oracles = dict(A=lambda x: self.attn(self.ln_1(x), cache), M=lambda x: self.mlp(self.ln_2(x)))
+    def steps(self, caches=None):
+        """The layer as pairs of a rule and the oracles that it asks, in order. caches: one for each call of attention."""
+        left = itertools.repeat(None) if caches is None else iter(caches)
+        oracles = dict(A=lambda x: self.attn(self.ln_1(x), next(left)), M=lambda x: self.mlp(self.ln_2(x)))
         return [(rule, [oracles[name] for name in asked]) for rule, asked in zip(self.rules, self.asked, strict=True)]
 
-    def forward(self, x, v, cache=None):
-        for rule, oracles in self.steps(cache):
+    def forward(self, x, v, caches=None):
+        for rule, oracles in self.steps(caches):
             x, v = rule(x, v, *oracles)
         return x, v
 
@@ -601,7 +614,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, caches=None, past=0):
         """
-        What the head reads: the iterate after the last layer, normalised, (B, T, C). caches, one for each of layers(), hold
+        What the head reads: the iterate after the last layer, normalised, (B, T, C). caches, a list for each of layers(), hold
         the `past` tokens before idx; idx is then a single token.
         """
         assert past == 0 or idx.size(1) == 1
@@ -636,7 +649,8 @@ class GPT(nn.Module):
         beyond block_size each costs a whole forward pass, since every position moves.
         """
         block_size, past = self.config.block_size, 0
-        caches = [Cache(block_size) for _ in self.layers()]
+        calls = len(SPLITTINGS[self.config.splitting]) * self.config.implicit_steps  # of attention in a layer, at most
+        caches = [[Cache(block_size) for _ in range(calls)] for _ in self.layers()]
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             with torch.inference_mode():  # less overhead than no_grad, and a token is hundreds of tiny operations
@@ -797,7 +811,7 @@ LOOKS_AHEAD = {name for name, rule in RULES.items() if issubclass(rule, Nesterov
 MOVING = {*RULES} - {"none"}
 
 RANGES = {  # where numbers must lie: the test, and the names
-    "must be at least 1": (lambda n: n >= 1, "n_layer n_head n_embd block_size vocab_size inner_steps n_loop"),
+    "must be at least 1": (lambda n: n >= 1, "n_layer n_head n_embd block_size vocab_size inner_steps implicit_steps n_loop"),
     "must be at least 0": (lambda n: n >= 0, "precond_rank"),
     "must lie in [0, 1)": (lambda n: 0 <= n < 1, "dropout beta mu"),
     "must be positive and finite": (lambda n: 0 < n < math.inf, "gamma eta delta"),
@@ -806,17 +820,17 @@ RANGES = {  # where numbers must lie: the test, and the names
 READ_BY = {  # knobs, and the choices that read them: with others they would do nothing, so they stay as they are in MHA
     "delta": ("energy", {"huber"}),
     "diagonal precond_rank inner_steps": ("tied", {True}),
-    "momentum_on beta eta": ("momentum", MOVING),
+    "momentum_on beta": ("momentum", MOVING),
+    "eta": ("momentum", MOVING - {"adam"}),
     "gamma velocity_norm": ("momentum", VELOCITY),
     "velocity_init": ("momentum", VELOCITY | {"none"}),  # none: EmbedControl
-    "mu": ("momentum", LOOKS_AHEAD),
+    "mu implicit_steps": ("momentum", LOOKS_AHEAD),
     "tau": ("curvature", {*CURVATURES}),
 }
 NEEDS = [  # choices, what they need, and why
     (dict(curvature={*CURVATURES}), dict(energy="softmax"), "is derived for the softmax energy"),
     (dict(tied={True}), dict(energy="softmax", curvature="none", qk_norm=False), "descends the energy of x itself"),
     (dict(splitting={"euler"}, momentum=MOVING), dict(momentum_on="both"), "moves attention and MLP in one step"),
-    (dict(momentum={"verlet"}), dict(momentum_on="both", splitting="lie_trotter"), "kicks with attention, then with the MLP"),
     (dict(momentum={"dense"}), dict(n_loop=1), "learns a weight for each pair of layers, not of rounds"),
     (dict(reversible={True}),
      dict(momentum="polyak", momentum_on="both", splitting="lie_trotter", velocity_norm=False, dropout=0),
@@ -837,8 +851,8 @@ RELATIONS = [  # what else must hold, and what to say where it does not
 def learnable(c):
     """The scalars of a configuration that can be learned."""
     moving = c.momentum in VELOCITY
-    can = dict(gamma=moving, eta=moving, beta=moving and not c.reversible, mu=c.momentum in LOOKS_AHEAD and c.mu,
-               tau=c.curvature != "none")  # fmt: skip
+    can = dict(gamma=moving, eta=moving and c.momentum != "adam", beta=moving and not c.reversible,
+               mu=c.momentum in LOOKS_AHEAD and c.mu, tau=c.curvature != "none")  # fmt: skip
     return {name for name, is_so in can.items() if is_so}
 
 
@@ -854,9 +868,9 @@ OF_MHA = {axis: values[0] for axis, values in axes(GPTConfig).items()} | NUMBERS
 
 
 def resolved(config):
-    """What None means for each choice: as the variant says, or as in MHA; mu and tau are dropped where nothing reads them."""
+    """What None means for each choice: as the variant says, or as in MHA; what nothing reads is dropped."""
     row = VARIANTS.get(config.variant, {})
-    unread = {"mu"} if (config.momentum or row.get("momentum")) not in LOOKS_AHEAD else set()
+    unread = {"mu", "implicit_steps"} if (config.momentum or row.get("momentum")) not in LOOKS_AHEAD else set()
     unread |= {"tau"} if (config.curvature or row.get("curvature")) not in CURVATURES else set()
     learned = " ".join(name for name in row.get("learned", "").split() if name not in unread)
     return {name: value if name in unread else row.get(name, value) for name, value in OF_MHA.items()} | dict(learned=learned)

@@ -71,8 +71,8 @@ def energies(model, idx):
     """
     What attention descends, layer by layer, for idx (B, T): dict of
         before, after   free energy of the queries before and after the step that attention moves (under Euler splitting
-                        with the MLP), among the keys that it saw: (layers, nh), means over sequences and positions,
-                        in units of q.k, for the linear energies of its square
+                        with the MLP, under Strang splitting the first half), among the keys that it saw: (layers, nh),
+                        means over sequences and positions, in units of q.k, for the linear energies of its square
         entropy         of the p_j that it summed with, in nats: (layers, nh); None for the linear energies
         attention       these p_j for the first sequence: (layers, nh, T, T); None likewise
     """
