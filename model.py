@@ -686,7 +686,7 @@ class GPT(nn.Module):
 # ---- only for speed and memory: skip it on a first reading -----------------------------------------------------------
 
 
-BY_MATRICES = {"cpu", "meta"}  # kinds of device that take half the time for matrices of what a fused kernel takes
+BY_MATRICES = {"cpu", "meta"}  # kinds of device that take twice the time for a fused kernel, and one that computes shapes alone
 
 
 def sdpa(q, k, v, dropout_p=0.0, is_causal=False, scale=None):
