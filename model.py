@@ -10,7 +10,7 @@ A variant is one choice on each axis: neither the model nor the training loop kn
 
     VARIANTS, GPTConfig     the systems of the papers, and the choices that they are made of
     ..._attention           energies and curvatures as equations:  q, k, v -> o
-    ENERGIES, MLP           oracles:  x -> g.                      A new energy is a class and a line in ENERGIES.
+    ENERGIES, BACKBONES     oracles:  x -> g.                      A new energy is a class and a line in ENERGIES.
     RULES                   update rules:  x, v, oracles -> x, v.  A new rule is a class and a line in RULES.
     Block, GPT              the model
     only for speed          skip it on a first reading
@@ -48,6 +48,7 @@ YURII = FORMER | dict(momentum="nesterov", learned="beta gamma mu", mu=0.9)
 # A paper's name: what it chooses differently from MHA, and where it stands.
 VARIANTS = {
     "MHA": dict(source="nanoGPT"),
+    "Llama": dict(source="[Xu]'s baseline", backbone="llama"),
     "MHAEuler": dict(source="[Zimin]", splitting="euler"),
     "MomenMHA": dict(source="[Ren]", momentum="polyak"),
     "NagMHA": dict(source="[Ren]", momentum="nesterov", beta=0.9),
@@ -96,7 +97,8 @@ class GPTConfig:
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # rows of the token table
     dropout: float = 0.0  # share of activations dropped in training
-    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; llama has none
+    backbone: Literal[*BACKBONES] | None = None  # what oracles are made of; llama: RMSNorm, rotary positions, SwiGLU
     energy: Literal[*ENERGIES] | None = None  # what attention descends
     curvature: Literal["none", *CURVATURES] | None = None  # how its gradient is preconditioned
     momentum: Literal[*RULES] | None = None  # how the iterate moves
@@ -124,6 +126,7 @@ class GPTConfig:
         for name, value in resolved(self).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.bias &= self.backbone != "llama"
         if problems := self.problems():
             raise ValueError("\n".join(problems))
 
@@ -221,6 +224,19 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
     return o.flatten(2, 3)[:, :, :T], states[-1]
 
 
+def rotate(t, past=0, back=False):
+    """
+    Rotary positions: the numbers m and m + hs / 2 of token i of t, (B, nh, T, hs), turned as a pair by the angle
+    (past + i) 10000^(-2m / hs). Then q.k depends on the distance of two tokens alone. back: turned back. In float32 or float64.
+    """
+    T, hs = t.shape[2:]
+    speed = 10_000.0 ** (-torch.arange(0, hs, 2, device=t.device) / hs)
+    angle = torch.outer(torch.arange(past, past + T, device=t.device), speed)
+    cos, sin = angle.cos(), -angle.sin() if back else angle.sin()
+    a, b = t.to(torch.promote_types(t.dtype, torch.float32)).chunk(2, 3)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), 3).to(t.dtype)
+
+
 def causal(E):
     """Which of the (..., queries, keys) pairs of E a query sees: (queries, keys) bool."""
     n, m = E.shape[-2:]
@@ -262,16 +278,18 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
-        q, k, v = self.qkv(x)
+        q, k, v = self.qkv(x, 0 if cache is None else cache.n)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.out(self.attend(q, k, v, self.config.dropout if self.training else 0.0))
 
-    def qkv(self, x):
-        """Queries, keys and values, (B, nh, T, hs) each."""
+    def qkv(self, x, past=0):
+        """Queries, keys and values, (B, nh, T, hs) each, of tokens that come after `past` others."""
         q, k, v = (t.unflatten(2, (self.config.n_head, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=2))
         if self.config.qk_norm:
             q, k = F.rms_norm(q, q.shape[3:]), F.rms_norm(k, k.shape[3:])
+        if self.config.backbone == "llama":
+            q, k = rotate(q, past), rotate(k, past)
         return q, k, v
 
     def out(self, o):
@@ -311,12 +329,12 @@ class LinearAttention(Attention):
     """
 
     def forward(self, x, cache=None):
-        log_a, past = self.log_a(x), (None, None) if cache is None or cache.S is None else cache.S
+        cache = cache or Cache(0)
+        log_a, (S, M) = self.log_a(x), cache.S or (None, None)  # the states of o and N
         one = torch.ones_like(log_a)[..., None]
-        o, S = linear_attention(*self.qkv(x), log_a, past[0])
-        N, n = linear_attention(one, one, one, log_a, past[1])
-        if cache is not None:
-            cache.S = S, n
+        o, S = linear_attention(*self.qkv(x, cache.n), log_a, S)
+        N, M = linear_attention(one, one, one, log_a, M)
+        cache.n, cache.S = cache.n + x.size(1), (S, M)
         return self.out(o / N.sqrt())
 
     def log_a(self, x):
@@ -363,14 +381,17 @@ class TiedAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
-        W_Q, k = self.c_attn.weight.chunk(2)[0], self.project(x, 1)
+        past = 0 if cache is None else cache.n
+        W_Q, k = self.c_attn.weight.chunk(2)[0], self.project(x, 1, past)
         dropout = self.config.dropout if self.training else 0.0
         if cache is not None:
             (k,) = cache.extend(k)
         moved = 0.0
         for s in range(self.config.inner_steps):
-            o = softmax_attention(self.project(x + moved, 0), k, k, dropout, scale=1 / self.temperature)
+            o = softmax_attention(self.project(x + moved, 0, past), k, k, dropout, scale=1 / self.temperature)
             kbar, xbar = o.tensor_split([x.size(2) // self.config.n_head], dim=3)
+            if self.config.backbone == "llama":
+                kbar = rotate(kbar, past, back=True)
             g = kbar.transpose(1, 2).flatten(2) @ W_Q
             if self.a is not None:
                 g = g + (self.a() * xbar).sum(1)
@@ -378,10 +399,12 @@ class TiedAttention(nn.Module):
             moved = moved + (step if self.eta is None else self.eta()[s] * step)
         return self.resid_dropout(moved)
 
-    def project(self, x, which):
+    def project(self, x, which, past=0):
         """Queries (0) or keys (1), (B, nh, T, hs); the diagonal's x_i^T diag(a) x_j is a product too and makes it hs + C."""
         W, b = (t if t is None else t.chunk(2)[which] for t in (self.c_attn.weight, self.c_attn.bias))
         heads = F.linear(x, W, b).unflatten(2, (self.config.n_head, -1)).transpose(1, 2)
+        if self.config.backbone == "llama":
+            heads = rotate(heads, past)
         if self.a is None:
             return heads
         x = x[:, None].expand(-1, self.config.n_head, -1, -1)
@@ -413,23 +436,48 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
 
 
+class SwiGLU(nn.Module):
+    """Llama's gated perceptron, as large as MLP: g = W_2 (silu(W x) * V x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = 64 * math.ceil(config.n_embd / 24)  # 8/3 of the width, a multiple of 64
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=False)  # W and V
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        Wx, Vx = self.c_fc(x).chunk(2, dim=2)
+        return self.dropout(self.c_proj(F.silu(Wx) * Vx))
+
+
 class TiedMLP(nn.Module):
     """
     CEM's gated MLP [Xu]: minus the gradient in x, the gate V x held fixed, of
 
-        E(x) = -sum_m (V x)_m psi(w_m.x)        g = W^T (psi'(W x) * V x)        psi' = gelu
+        E(x) = -sum_m (V x)_m psi(w_m.x)        g = W^T (psi'(W x) * V x)        psi' = gelu, on llama silu
     """
 
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 8 * config.n_embd, bias=config.bias)  # W and V: as large as MLP's two
+        self.dpsi = F.silu if config.backbone == "llama" else F.gelu
         self.precondition = Preconditioner(config) if config.precond_rank else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         W = self.c_fc.weight.chunk(2)[0]
         Wx, Vx = self.c_fc(x).chunk(2, dim=2)
-        return self.dropout(self.precondition((F.gelu(Wx) * Vx) @ W))
+        return self.dropout(self.precondition((self.dpsi(Wx) * Vx) @ W))
+
+
+BACKBONES = dict(gpt2=MLP, llama=SwiGLU)
+
+
+def norm(config):
+    """The norm that an oracle stands behind."""
+    C = config.n_embd
+    return nn.RMSNorm(C, eps=1e-6) if config.backbone == "llama" else nn.LayerNorm(C, bias=config.bias)
 
 
 # ---- update rules: x, v, oracles -> x, v -----------------------------------------------------------------------------
@@ -546,14 +594,14 @@ MOVED = dict(attention=("A",), both=("A", "M", "AM"))  # the steps that the mome
 
 
 class Block(nn.Module):
-    """One layer: its two oracles, each behind its own LayerNorm, and the rules that step along them."""
+    """One layer: its two oracles, each behind its own norm, and the rules that step along them."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config)
         self.attn = TiedAttention(config) if config.tied else ENERGIES[config.energy](config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = TiedMLP(config) if config.tied else MLP(config)
+        self.ln_2 = norm(config)
+        self.mlp = TiedMLP(config) if config.tied else BACKBONES[config.backbone](config)
         self.asked, moved, self.rules = SPLITTINGS[config.splitting], MOVED[config.momentum_on], nn.ModuleList()
         before = layer * sum(asked in moved for asked in self.asked)
         for asked in self.asked:
@@ -575,7 +623,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    Token and position tables, the stack of blocks, a final LayerNorm and a head tied to the token table. Weights start as
+    Token and position tables, the stack of blocks, a final norm and a head tied to the token table. Weights start as
     GPT-2's: matrices normal with standard deviation 0.02, output projections with 0.02 / sqrt(2 n_layer), whatever n_loop.
     """
 
@@ -585,27 +633,34 @@ class GPT(nn.Module):
         tables = dict(wte=config.vocab_size, wpe=config.block_size)
         if config.velocity_init == "embed":
             tables |= dict(vte=config.vocab_size, vpe=config.block_size)
+        if config.backbone == "llama":  # whose positions are in the queries and keys
+            tables = {name: n for name, n in tables.items() if name[1:] != "pe"}
         self.transformer = nn.ModuleDict({name: Embedding(n, config.n_embd) for name, n in tables.items()})
         self.transformer.drop = nn.Dropout(config.dropout)
         self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer.ln_f = norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
         for name, module in self.transformer.named_modules():
             std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj") else 0.02
             for p in module.parameters(recurse=False):
-                if not isinstance(module, Scalar | nn.LayerNorm):  # these start as they were made
+                if not isinstance(module, Scalar | nn.LayerNorm | nn.RMSNorm):  # these start as they were made
                     nn.init.normal_(p, std=std) if p.dim() > 1 else nn.init.zeros_(p)
 
     def embed(self, idx, past=0):
         """The iterate and the velocity before the first layer, (B, T, C) each. Raises ValueError beyond block_size."""
         if past + idx.size(1) > self.config.block_size:
             raise ValueError(f"{past + idx.size(1)} tokens exceed block_size={self.config.block_size}: pass the last ones")
-        t, here = self.transformer, slice(past, past + idx.size(1))
-        x = t.drop(t.wte(idx) + t.wpe.weight[here])
+
+        def table(name):
+            t = self.transformer
+            positions = 0 if self.config.backbone == "llama" else t[f"{name}pe"].weight[past : past + idx.size(1)]
+            return t.drop(t[f"{name}te"](idx) + positions)
+
+        x = table("w")
         if self.config.velocity_init == "zero":
             return x, torch.zeros_like(x)
-        v = t.drop(t.vte(idx) + t.vpe.weight[here])
+        v = table("v")
         return (x + v if self.config.momentum == "none" else x), v  # EmbedControl: the same tables, and no velocity
 
     def layers(self):
@@ -839,6 +894,8 @@ NEEDS = [  # choices, what they need, and why
 RELATIONS = [  # what else must hold, and what to say where it does not
     (lambda c: c.n_head < 1 or c.n_embd % c.n_head == 0,
      lambda c: f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}"),
+    (lambda c: c.backbone != "llama" or c.n_head < 1 or c.n_embd // c.n_head % 2 == 0,
+     lambda c: f"backbone=llama turns pairs of numbers: n_embd / n_head={c.n_embd // c.n_head} must be even"),
     (lambda c: {*c.learned.split()} <= learnable(c),
      lambda c: f"learned={c.learned!r} may name {', '.join(sorted(learnable(c))) or 'nothing'} here: gamma, eta and, if "
                "reversible=False, beta with a velocity; mu if a look-ahead has one above 0; tau with a curvature"),

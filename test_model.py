@@ -285,6 +285,7 @@ def attention(attn, x):
     T = math.sqrt(c.n_embd / c.n_head)
     q, k, v = (t.unflatten(2, (c.n_head, -1)).transpose(1, 2) for t in attn.c_attn(x).split(c.n_embd, 2))
     q, k, o = EQUATIONS["qk_norm"][c.qk_norm](q), EQUATIONS["qk_norm"][c.qk_norm](k), torch.empty_like(v)
+    q, k = (EQUATIONS["backbone"][c.backbone]["turned"](t) for t in (q, k))
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         keys, values, decay = k[b, h, : i + 1], v[b, h, : i + 1], torch.ones(i + 1, dtype=x.dtype)
         if c.energy == "gated_linear":
@@ -305,10 +306,13 @@ def cem_energy(attn, x, context, i):
     """[Xu]'s interaction energy of token i at x, (C,), given its context, from the definition with A_h written out."""
     C, nh = x.size(0), attn.config.n_head
     W_Q, W_K = attn.c_attn.weight.view(2, nh, C // nh, C)
-    T, total = math.sqrt(C / nh), 0
+    T, total, turned = math.sqrt(C / nh), 0, EQUATIONS["backbone"][attn.config.backbone]["turned"]
     for h in range(nh):
-        A = W_Q[h].T @ W_K[h] + EQUATIONS["diagonal"][attn.config.diagonal](attn, h)
-        total = total - T * torch.logsumexp(context[: i + 1] @ A.T @ x / T, 0)
+        q = turned((W_Q[h] @ x).expand(i + 1, -1))[i]  # at its own position
+        logits = turned(context[: i + 1] @ W_K[h].T) @ q + context[: i + 1] @ EQUATIONS["diagonal"][attn.config.diagonal](
+            attn, h, x
+        )
+        total = total - T * torch.logsumexp(logits / T, 0)
     return total
 
 
@@ -358,7 +362,35 @@ def dense(rule, x, v, g, i, n):
     return x + sum(w * direction for w, direction in zip(rule.w(), v, strict=True)), v
 
 
+def turned(t):
+    """Rotary positions as complex numbers, the first half of a head their real part: token i turned by i 10000^(-2m / hs)."""
+    angles = torch.arange(t.size(-2)).double()[:, None] / 10_000 ** (torch.arange(0, t.size(-1), 2) / t.size(-1)).double()
+    z = torch.complex(*t.double().chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((z.real, z.imag), -1).to(t.dtype)
+
+
+def rms(norm, x):
+    return norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def swiglu(mlp, x):
+    W, V = mlp.c_fc.weight.chunk(2)
+    return (x @ W.T * (x @ W.T).sigmoid() * (x @ V.T)) @ mlp.c_proj.weight.T
+
+
+def layer_norm(norm, x):
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias)
+
+
+def mlp(mlp, x):
+    return mlp.c_proj(F.gelu(mlp.c_fc(x)))
+
+
 EQUATIONS = dict(
+    backbone=dict(
+        gpt2=dict(norm=layer_norm, mlp=mlp, turned=lambda t: t, positions=lambda table, T: table.weight[:T]),
+        llama=dict(norm=rms, mlp=swiglu, turned=turned, positions=lambda table, T: 0.0),
+    ),
     energy=dict(  # q, k, T, decay, delta -> weights of the values
         softmax=lambda q, k, T, *_: weights_of(lambda s: -T * torch.logsumexp(s / T, 0), k @ q),
         linear=lambda q, k, *_: weights_of(lambda s: -s.square().sum() / 2, k @ q),
@@ -379,13 +411,15 @@ EQUATIONS = dict(
     ),
     momentum_on=dict(attention=lambda asked, A: asked == [A], both=lambda asked, A: True),  # whether a step is the momentum's
     splitting=dict(lie_trotter=lambda A, M: [[A], [M]], euler=lambda A, M: [[A, M]], strang=lambda A, M: [[A], [M], [A]]),
-    velocity_init=dict(zero=lambda t, idx: 0.0, embed=lambda t, idx: t.vte.weight[idx] + t.vpe.weight[: idx.size(1)]),
+    velocity_init=dict(
+        zero=lambda t, idx, at: 0.0, embed=lambda t, idx, at: t.vte.weight[idx] + at(getattr(t, "vpe", None), idx.size(1))
+    ),
     velocity_norm={
         False: lambda rule, v: v,
         True: lambda rule, v: F.layer_norm(v, v.shape[-1:], rule.norm.weight, rule.norm.bias),
     },
     tied={False: attention, True: cem_attention},
-    diagonal={False: lambda attn, h: 0, True: lambda attn, h: attn.a()[h, 0].diag()},
+    diagonal={False: lambda attn, h, x: 0 * x, True: lambda attn, h, x: attn.a()[h, 0] * x},
     qk_norm={False: lambda t: t, True: lambda t: t / t.norm(dim=-1, keepdim=True) * math.sqrt(t.size(-1))},
     reversible={False: lambda logits: logits, True: lambda logits: logits},  # only memory differs
 )
@@ -409,13 +443,15 @@ def by_the_equations(model, idx):
     """The logits."""
     c, t = model.config, model.transformer
     eq = {axis: values[getattr(c, axis)] for axis, values in EQUATIONS.items()}
-    x, v = t.wte.weight[idx] + t.wpe.weight[: idx.size(1)], eq["velocity_init"](t, idx)
+    at, norm, gated = (eq["backbone"][part] for part in ("positions", "norm", "mlp"))
+    x, v = t.wte.weight[idx] + at(getattr(t, "wpe", None), idx.size(1)), eq["velocity_init"](t, idx, at)
     if c.momentum == "none":
         x, v = x + v, 0.0
     for _ in range(c.n_loop):
         i, n = 0, sum(type(rule) is not RULES["none"] for b in t.h for rule in b.rules)
         for b in t.h:
-            A, M = (lambda y, b=b: eq["tied"](b.attn, b.ln_1(y))), (lambda y, b=b: b.mlp(b.ln_2(y)))
+            perceptron = b.mlp if c.tied else functools.partial(gated, b.mlp)  # the tied one has a test of its own
+            A, M = (lambda y, b=b: eq["tied"](b.attn, norm(b.ln_1, y))), (lambda y, b=b, f=perceptron: f(norm(b.ln_2, y)))
             for rule, asked in zip(b.rules, eq["splitting"](A, M), strict=True):
                 # adam's is no part of g; the residual connection has none, and half a step where attention is asked twice
                 learns = isinstance(rule, Momentum) and not isinstance(rule, RULES["adam"])
@@ -430,7 +466,7 @@ def by_the_equations(model, idx):
                     i += 1
                 else:
                     x = x + g(x)
-    return eq["reversible"](model.lm_head(t.ln_f(x)))
+    return eq["reversible"](model.lm_head(norm(t.ln_f, x)))
 
 
 @pytest.mark.parametrize("axis, value", [(axis, value) for axis, values in AXES.items() for value in values])
@@ -633,6 +669,32 @@ def test_mha_is_gpt2():
     torch.testing.assert_close(shifted, theirs(idx, labels=idx).loss)
 
 
+def test_llama_is_llama():
+    """Another library's Llama with the same weights gives the same logits."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny("Llama", n_embd=32)
+    c, state = model.config, model.state_dict()
+    assert not any("bias" in name or "wpe" in name for name in state)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=c.vocab_size, hidden_size=32, intermediate_size=128, num_hidden_layers=c.n_layer,
+                                 num_attention_heads=c.n_head, max_position_embeddings=c.block_size, tie_word_embeddings=True)
+    ).eval()  # fmt: skip
+    weights = {"model.embed_tokens.weight": state["lm_head.weight"], "lm_head.weight": state["lm_head.weight"],
+               "model.norm.weight": state["transformer.ln_f.weight"]}  # fmt: skip
+    for i in range(c.n_layer):
+        ours, layer = f"transformer.h.{i}", f"model.layers.{i}"
+        q, k, v = state[f"{ours}.attn.c_attn.weight"].chunk(3)
+        gate, up = state[f"{ours}.mlp.c_fc.weight"].chunk(2)
+        weights |= {f"{layer}.self_attn.{name}_proj.weight": w for name, w in dict(q=q, k=k, v=v).items()}
+        named = {"self_attn.o_proj": "attn.c_proj", "mlp.down_proj": "mlp.c_proj", "input_layernorm": "ln_1",
+                 "post_attention_layernorm": "ln_2"}  # fmt: skip
+        weights |= {f"{layer}.{there}.weight": state[f"{ours}.{here}.weight"] for there, here in named.items()}
+        weights |= {f"{layer}.mlp.gate_proj.weight": gate, f"{layer}.mlp.up_proj.weight": up}
+    theirs.load_state_dict(weights)
+    idx = tokens(model)
+    torch.testing.assert_close(model(idx, idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_mha_has_nanogpts_names_and_sizes():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=10, bias=False))
     layer = ["ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight", "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"]
@@ -716,6 +778,7 @@ def test_compiled_reversible_gradients_are_those_of_plain_backprop(dtype, error)
 
 # they may change only with the mathematics or the initialisation, on purpose; alone they prove nothing
 GOLDEN = {
+    "Llama": (3.9013, 3.5909, 3.4129),
     "AdamFormer": (3.891, 3.5381, 3.2579),
     "MHAEuler": (3.9077, 3.6417, 3.4052),
     "MHA": (3.908, 3.6609, 3.5005),
@@ -822,7 +885,8 @@ def legal(draw):
     velocity = issubclass(RULES[momentum], Momentum)
     tied = pick(energy == "softmax", False, True)
     eta = "gamma" if momentum == "adam" else "gamma eta"
-    c = dict(momentum=momentum, energy=energy, tied=tied, qk_norm=pick(not tied, False, True),
+    c = dict(backbone=draw(st.sampled_from(AXES["backbone"])), momentum=momentum, energy=energy, tied=tied,
+             qk_norm=pick(not tied, False, True),
              curvature=pick(energy == "softmax" and not tied, "none", "newton", "light"),
              diagonal=pick(tied, False, True), precond_rank=pick(tied, 0, 2), inner_steps=pick(tied, 1, 3),
              momentum_on=pick(momentum != "none", "attention", "both"), implicit_steps=pick(momentum == "nesterov", 1, 2),
@@ -988,6 +1052,7 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(energy="huber", curvature="newton"), "take energy=softmax"),
         (dict(momentum_on="both"), "take momentum_on='attention'"),
         (dict(learned="beta"), "may name nothing here"),
+        (dict(backbone="llama", n_embd=6, n_head=2), "n_embd / n_head=3 must be even"),
         (dict(curvature="light", learned="tau beta"), "may name tau here"),
         (dict(tau=0.5), "tau=0.5 belongs to curvature=light or newton"),
         (dict(curvature="newton", tau=math.inf), "tau=inf must be finite"),

@@ -634,7 +634,11 @@ def test_readme_commands(tmp_path):
         shutil.copy(path, tmp_path)
     small = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=1 --eval_interval=2 --max_iters=2"
     extra = {"train.py": small, "sample.py": "--max_new_tokens=5", "lis": "--documents=2000"}
-    extra |= {"minipile": f"--source={SHARED / 'tinystories-sample'}", "resume": "--max_iters=4", "compare": f"-- {small}"}
+    extra |= {
+        "prepare.py minipile": f"--source={SHARED / 'tinystories-sample'}",
+        "resume": "--max_iters=4",
+        "compare": f"-- {small}",
+    }
     extra |= {"glue": f"--source={SHARED / 'glue'} --limit=64 --epochs=1 --tasks rte", "evaluate": f"--data={SHARED} --limit=2"}
     extra |= {"toy": "--steps=10 --seeds=1", "sharpness": "--batches=1 --probes=2 --iterations=2"}
     extra |= {"bars": "starting --rounds=1 --margin=1e9"}
