@@ -135,10 +135,10 @@ def renewed(path, config):
     if "tau" not in config and config.get("energy") in ("linear", "gated_linear"):
         raise UserError(f"{path} is of an earlier version, whose linear attention ended in a norm of its own: train it again")
     if config.get("momentum") == "triple":  # nesterov that always learned eta
-        return config | dict(momentum="nesterov", learned=" ".join(dict.fromkeys([*learned, "eta"])))
-    if "tau" not in config and config.get("curvature", "none") != "none":  # its tau was always learned
-        return config | dict(tau=1.0, learned=" ".join([*learned, "tau"]))
-    return config
+        config = config | dict(momentum="nesterov", learned=" ".join(dict.fromkeys([*learned, "eta"])))
+    elif "tau" not in config and config.get("curvature", "none") != "none":  # its tau was always learned
+        config = config | dict(learned=" ".join([*learned, "tau"]))
+    return dict(backbone="gpt2", implicit_steps=1, tau=1.0) | config  # what there was before these were choices
 
 
 # a loss that numpy computed is kept as one of these, and making one runs no code of the file's

@@ -71,19 +71,8 @@ VARIANTS = {
     "LoopNagMHA": dict(source="[Ren] asks", momentum="nesterov", beta=0.9, n_loop=4),
 }
 # The numbers of MHA; of every other choice MHA has the first.
-NUMBERS = dict(
-    beta=0.5,
-    gamma=1.0,
-    mu=None,
-    eta=1.0,
-    tau=1.0,
-    learned="",
-    delta=1.0,
-    precond_rank=0,
-    inner_steps=1,
-    implicit_steps=1,
-    n_loop=1,
-)
+NUMBERS = dict(beta=0.5, gamma=1.0, mu=None, eta=1.0, tau=1.0, learned="", delta=1.0, precond_rank=0, inner_steps=1,
+               implicit_steps=1, n_loop=1)  # fmt: skip
 
 
 @dataclass

@@ -566,7 +566,7 @@ def test_two_processes_compute_the_gradients_of_one(data, tmp_path):
     assert loss["two"] == pytest.approx(loss["one"], rel=1e-6) and len(loss["one"]) == 3
     seen = {path.stem: sum(torch.load(path)) for path in tmp_path.glob("*/windows*.pt")}
     files = "one/windows0.pt", "two/windows0.pt", "two/windows1.pt"
-    counts = [sum(torch.load(tmp_path / name)) - TINY["batch_size"] for name in files]  # of which each fetched one batch ahead
+    counts = [sum(torch.load(tmp_path / name)) - TINY["batch_size"] for name in files]  # each fetched one batch ahead
     assert counts[0] == counts[1] + counts[2] and abs(counts[1] - counts[2]) <= 2, seen
 
 

@@ -185,6 +185,7 @@ def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("variant, then, words", [
+    ("MHA", {}, None),
     ("MHA2nd1st", dict(learned=""), None),  # which learned tau, whatever its configuration said
     ("TMMFormer", dict(momentum="triple", learned="beta gamma mu"), None),  # which learned eta
     ("LinearMHA", {}, "whose linear attention ended in a norm"),
@@ -194,10 +195,11 @@ def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys)
 def test_checkpoints_of_an_earlier_version(tmp_path, variant, then, words):
     """Load as the function that they were, or are refused with the reason."""
     model, idx = tiny(variant, noise=0.1), torch.arange(9)[None]
-    config = {k: v for k, v in asdict(model.config).items() if k not in ("tau", "implicit_steps")} | then
+    config = {k: v for k, v in asdict(model.config).items() if k not in ("tau", "implicit_steps", "backbone")} | then
     checkpoint.save(tmp_path, dict(model=model.state_dict(), model_config=config, tokenizer="bytes", step=7), best=False)
     if words is None:
-        assert torch.equal(checkpoint.load_model(tmp_path / "ckpt.pt")[0](idx)[0], model(idx)[0])
+        loaded, state = checkpoint.load_model(tmp_path / "ckpt.pt")
+        assert torch.equal(loaded(idx)[0], model(idx)[0]) and state["model_config"] == asdict(model.config)
     else:
         with pytest.raises(UserError, match=f"ckpt.pt is of an earlier version, {words}.*: train it again"):
             checkpoint.load_model(tmp_path / "ckpt.pt")
@@ -571,7 +573,7 @@ def test_bad_command_lines(data, trained, tmp_path):
 
 
 def test_broken_checkpoints_are_refused(trained, tmp_path):
-    """Cut, random or malicious files, of which no code runs."""
+    """Files that are cut, random or malicious; no code in them runs."""
 
     class Payload:
         def __reduce__(self):
