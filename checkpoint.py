@@ -123,17 +123,22 @@ def load(path):
         raise UserError(f"cannot read {path}: {error}") from None
     except Exception as error:  # bytes that are no checkpoint can make the unpickler raise anything
         raise UserError(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}){offer}") from None
-    return state | dict(model_config=renewed(path, state["model_config"]))
+    return state | dict(model_config=renewed(path, state["model_config"], state["model"]))
 
 
-def renewed(path, config):
-    """A model_config of an earlier version as this one writes it. Raises UserError for what this version does not compute."""
+def renewed(path, config, weights):
+    """
+    The model_config of these weights, of an earlier version, as this one writes it. Raises UserError for what this version
+    does not compute.
+    """
     learned = config.get("learned", "").split()
     gone = dict(verlet="kicked and drifted in another order", imex="had its friction implicit and not its force")
     if why := gone.get(config.get("momentum")):
         raise UserError(f"{path} is of an earlier version, whose {config['variant']} {why}: train it again")
     if "tau" not in config and config.get("energy") in ("linear", "gated_linear"):
         raise UserError(f"{path} is of an earlier version, whose linear attention ended in a norm of its own: train it again")
+    if config.get("inner_steps", 1) > 1 and "transformer.h.0.mlp.eta.raw" not in weights:
+        raise UserError(f"{path} is of an earlier version, whose tied MLP took a single inner step: train it again")
     if config.get("momentum") == "triple":  # nesterov that always learned eta
         config = config | dict(momentum="nesterov", learned=" ".join(dict.fromkeys([*learned, "eta"])))
     elif "tau" not in config and config.get("curvature", "none") != "none":  # its tau was always learned

@@ -66,8 +66,8 @@ VARIANTS = {
     "TMMFormer": dict(source="[Gai]") | YURII | dict(learned="beta gamma mu eta"),
     "AdamFormer": dict(source="[Gai]") | FORMER | dict(momentum="adam"),
     "EmbedControl": dict(source="ours, [Gai] calls for it", velocity_init="embed"),
-    "CEM": dict(source="[Xu]", tied=True),
-    "CEM+": dict(source="[Xu]", tied=True, diagonal=True, precond_rank=8, inner_steps=2),
+    "CEM": dict(source="[Xu]", backbone="llama", tied=True),
+    "CEM+": dict(source="[Xu]", backbone="llama", tied=True, diagonal=True, precond_rank=8, inner_steps=2),
     "LoopNagMHA": dict(source="[Ren] asks", momentum="nesterov", beta=0.9, n_loop=4),
 }
 # The numbers of MHA; of every other choice MHA has the first.
@@ -218,11 +218,10 @@ def rotate(t, past=0, back=False):
     Rotary positions: the numbers m and m + hs / 2 of token i of t, (B, nh, T, hs), turned as a pair by the angle
     (past + i) 10000^(-2m / hs). Then q.k depends on the distance of two tokens alone. back: turned back. In float32 or float64.
     """
-    T, hs = t.shape[2:]
-    speed = 10_000.0 ** (-torch.arange(0, hs, 2, device=t.device) / hs)
-    angle = torch.outer(torch.arange(past, past + T, device=t.device), speed)
+    (T, hs), full = t.shape[2:], dict(device=t.device, dtype=torch.promote_types(t.dtype, torch.float32))
+    angle = torch.outer(torch.arange(past, past + T, **full), 10_000.0 ** (-torch.arange(0, hs, 2, **full) / hs))
     cos, sin = angle.cos(), -angle.sin() if back else angle.sin()
-    a, b = t.to(torch.promote_types(t.dtype, torch.float32)).chunk(2, 3)
+    a, b = t.to(full["dtype"]).chunk(2, 3)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), 3).to(t.dtype)
 
 
@@ -255,6 +254,21 @@ class Scalar(nn.Module):
         return value if x is None or self.raw is None else value.expand(*x.shape[:2], 1)
 
 
+class Stacked(nn.Linear):
+    """n linear maps of one x, their matrices stacked in one: (B, T, C) -> n times (B, T, width)."""
+
+    def __init__(self, n, C, width, bias):
+        super().__init__(C, n * width, bias)
+        self.n = n
+
+    def forward(self, x):
+        return super().forward(x).chunk(self.n, 2)
+
+    def map(self, i, x):
+        """The i-th of them alone."""
+        return F.linear(x, self.weight.chunk(self.n)[i], None if self.bias is None else self.bias.chunk(self.n)[i])
+
+
 class Attention(nn.Module):
     """Multi-head attention. A subclass is an energy: its attend(q, k, v, dropout), or all of forward(), is a step on it."""
 
@@ -262,7 +276,7 @@ class Attention(nn.Module):
         super().__init__()
         C = config.n_embd
         self.config, self.temperature = config, math.sqrt(C / config.n_head)
-        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
+        self.c_attn = Stacked(3, C, C, config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -274,7 +288,7 @@ class Attention(nn.Module):
 
     def qkv(self, x, past=0):
         """Queries, keys and values, (B, nh, T, hs) each, of tokens that come after `past` others."""
-        q, k, v = (t.unflatten(2, (self.config.n_head, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=2))
+        q, k, v = (t.unflatten(2, (self.config.n_head, -1)).transpose(1, 2) for t in self.c_attn(x))
         if self.config.qk_norm:
             q, k = F.rms_norm(q, q.shape[3:]), F.rms_norm(k, k.shape[3:])
         if self.config.backbone == "llama":
@@ -348,26 +362,45 @@ ENERGIES = dict(softmax=SoftmaxAttention, linear=LinearAttention, gated_linear=G
 CURVATURES = dict(newton=newton_attention, light=light_attention)
 
 
-class TiedAttention(nn.Module):
+class Tied(nn.Module):
+    """
+    A sublayer of CEM [Xu], minus the gradient in x of an energy: so its matrices serve on the way in and on the way out.
+    inner_steps > 1 descend again from the moved x, while what x is compared with stays:
+
+        g = sum_s eta_s P g_s        g_s: minus the gradient at x + the steps so far        P: the preconditioner
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, n = config, config.inner_steps
+        self.eta = Scalar(torch.full((n,), 1 / n), "positive") if n > 1 else None
+        self.precondition = Preconditioner(config) if config.precond_rank else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def descend(self, x, gradient):
+        """g, from x and a function that gives g_s at any point."""
+        moved = 0.0
+        for s in range(self.config.inner_steps):
+            step = self.precondition(gradient(x + moved))
+            moved = moved + (step if self.eta is None else self.eta()[s] * step)
+        return self.dropout(moved)
+
+
+class TiedAttention(Tied):
     """
     CEM's attention [Xu]: minus the gradient in x_i, the context x_j held fixed, of
 
         E(x_i) = -sqrt(hs) sum_h log sum_j exp(x_i^T A_h x_j / sqrt(hs))        A_h = W_Q,h^T W_K,h (+ diag(a_h))
         g_i = sum_h (W_Q,h^T sum_j p_j W_K,h x_j (+ a_h * sum_j p_j x_j))
 
-    So values are the keys, and the output projection is the transposed query projection. inner_steps > 1 descends again from
-    the moved x, on the same keys: g = sum_s eta_s P g_i(x_i + the steps so far), P the preconditioner.
+    So values are the keys, and the output projection is the transposed query projection. On llama W_Q, W_K end in a rotation.
     """
 
     def __init__(self, config):
-        super().__init__()
-        C, n = config.n_embd, config.inner_steps
-        self.config, self.temperature = config, math.sqrt(C / config.n_head)
-        self.c_attn = nn.Linear(C, 2 * C, bias=config.bias)  # W_Q and W_K
-        self.a = Scalar(torch.zeros(config.n_head, 1, C)) if config.diagonal else None
-        self.eta = Scalar(torch.full((n,), 1 / n), "positive") if n > 1 else None
-        self.precondition = Preconditioner(config) if config.precond_rank else nn.Identity()
-        self.resid_dropout = nn.Dropout(config.dropout)
+        super().__init__(config)
+        self.temperature = math.sqrt(config.n_embd / config.n_head)
+        self.c_attn = Stacked(2, config.n_embd, config.n_embd, config.bias)  # W_Q and W_K
+        self.a = Scalar(torch.zeros(config.n_head, 1, config.n_embd)) if config.diagonal else None
 
     def forward(self, x, cache=None):
         past = 0 if cache is None else cache.n
@@ -375,23 +408,20 @@ class TiedAttention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         if cache is not None:
             (k,) = cache.extend(k)
-        moved = 0.0
-        for s in range(self.config.inner_steps):
-            o = softmax_attention(self.project(x + moved, 0, past), k, k, dropout, scale=1 / self.temperature)
+
+        def gradient(x):
+            o = softmax_attention(self.project(x, 0, past), k, k, dropout, scale=1 / self.temperature)
             kbar, xbar = o.tensor_split([x.size(2) // self.config.n_head], dim=3)
             if self.config.backbone == "llama":
                 kbar = rotate(kbar, past, back=True)
             g = kbar.transpose(1, 2).flatten(2) @ W_Q
-            if self.a is not None:
-                g = g + (self.a() * xbar).sum(1)
-            step = self.precondition(g)
-            moved = moved + (step if self.eta is None else self.eta()[s] * step)
-        return self.resid_dropout(moved)
+            return g if self.a is None else g + (self.a() * xbar).sum(1)
 
-    def project(self, x, which, past=0):
+        return self.descend(x, gradient)
+
+    def project(self, x, which, past):
         """Queries (0) or keys (1), (B, nh, T, hs); the diagonal's x_i^T diag(a) x_j is a product too and makes it hs + C."""
-        W, b = (t if t is None else t.chunk(2)[which] for t in (self.c_attn.weight, self.c_attn.bias))
-        heads = F.linear(x, W, b).unflatten(2, (self.config.n_head, -1)).transpose(1, 2)
+        heads = self.c_attn.map(which, x).unflatten(2, (self.config.n_head, -1)).transpose(1, 2)
         if self.config.backbone == "llama":
             heads = rotate(heads, past)
         if self.a is None:
@@ -430,34 +460,38 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = 64 * math.ceil(config.n_embd / 24)  # 8/3 of the width, a multiple of 64
-        self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=False)  # W and V
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=False)
+        self.c_fc = Stacked(2, config.n_embd, self.width(config.n_embd), bias=False)  # W and V
+        self.c_proj = nn.Linear(self.width(config.n_embd), config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        Wx, Vx = self.c_fc(x).chunk(2, dim=2)
+        Wx, Vx = self.c_fc(x)
         return self.dropout(self.c_proj(F.silu(Wx) * Vx))
 
+    @staticmethod
+    def width(C):
+        """8/3 C, rounded up to a multiple of 64."""
+        return 64 * math.ceil(C / 24)
 
-class TiedMLP(nn.Module):
+
+class TiedMLP(Tied):
     """
     CEM's gated MLP [Xu]: minus the gradient in x, the gate V x held fixed, of
 
-        E(x) = -sum_m (V x)_m psi(w_m.x)        g = W^T (psi'(W x) * V x)        psi' = gelu, on llama silu
+        E(x) = -sum_m (V x)_m psi(w_m.x)        g = W^T (psi'(W x) * V x)
+
+    psi' is silu on llama, which makes it SwiGLU with W_2 = W^T, and gelu on gpt2.
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 8 * config.n_embd, bias=config.bias)  # W and V: as large as MLP's two
-        self.dpsi = F.silu if config.backbone == "llama" else F.gelu
-        self.precondition = Preconditioner(config) if config.precond_rank else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config)
+        C, llama = config.n_embd, config.backbone == "llama"
+        self.c_fc = Stacked(2, C, SwiGLU.width(C) if llama else 4 * C, config.bias)  # W and V
+        self.dpsi = F.silu if llama else F.gelu
 
     def forward(self, x):
-        W = self.c_fc.weight.chunk(2)[0]
-        Wx, Vx = self.c_fc(x).chunk(2, dim=2)
-        return self.dropout(self.precondition((self.dpsi(Wx) * Vx) @ W))
+        W, Vx = self.c_fc.weight.chunk(2)[0], self.c_fc.map(1, x)
+        return self.descend(x, lambda y: (self.dpsi(self.c_fc.map(0, y)) * Vx) @ W)
 
 
 BACKBONES = dict(gpt2=MLP, llama=SwiGLU)
@@ -861,15 +895,19 @@ RANGES = {  # where numbers must lie: the test, and the names
     "must be positive and finite": (lambda n: 0 < n < math.inf, "gamma eta delta"),
     "must be finite": (math.isfinite, "tau"),
 }
-READ_BY = {  # knobs, and the choices that read them: with others they would do nothing, so they stay as they are in MHA
-    "delta": ("energy", {"huber"}),
-    "diagonal precond_rank inner_steps": ("tied", {True}),
-    "momentum_on beta": ("momentum", MOVING),
-    "eta": ("momentum", MOVING - {"adam"}),
-    "gamma velocity_norm": ("momentum", VELOCITY),
-    "velocity_init": ("momentum", VELOCITY | {"none"}),  # none: EmbedControl
-    "mu implicit_steps": ("momentum", LOOKS_AHEAD),
-    "tau": ("curvature", {*CURVATURES}),
+READ_BY = {  # knob: the axis and the values that read it; with others it would do nothing, so it stays as it is in MHA
+    knob: (axis, readers)
+    for knobs, axis, readers in (
+        ("delta", "energy", {"huber"}),
+        ("diagonal precond_rank inner_steps", "tied", {True}),
+        ("momentum_on beta", "momentum", MOVING),
+        ("eta", "momentum", MOVING - {"adam"}),
+        ("gamma velocity_norm", "momentum", VELOCITY),
+        ("velocity_init", "momentum", VELOCITY | {"none"}),  # none: EmbedControl
+        ("mu implicit_steps", "momentum", LOOKS_AHEAD),
+        ("tau", "curvature", {*CURVATURES}),
+    )
+    for knob in knobs.split()
 }
 NEEDS = [  # choices, what they need, and why
     (dict(curvature={*CURVATURES}), dict(energy="softmax"), "is derived for the softmax energy"),
@@ -914,12 +952,12 @@ OF_MHA = {axis: values[0] for axis, values in axes(GPTConfig).items()} | NUMBERS
 
 
 def resolved(config):
-    """What None means for each choice: as the variant says, or as in MHA; what nothing reads is dropped."""
-    row = VARIANTS.get(config.variant, {})
-    unread = {"mu", "implicit_steps"} if (config.momentum or row.get("momentum")) not in LOOKS_AHEAD else set()
-    unread |= {"tau"} if (config.curvature or row.get("curvature")) not in CURVATURES else set()
-    learned = " ".join(name for name in row.get("learned", "").split() if name not in unread)
-    return {name: value if name in unread else row.get(name, value) for name, value in OF_MHA.items()} | dict(learned=learned)
+    """What None means for each choice: as the variant says; or, where the variant does not or nothing reads it, as in MHA."""
+    row = OF_MHA | VARIANTS.get(config.variant, {})
+    chosen = {name: row[name] if getattr(config, name) is None else getattr(config, name) for name in OF_MHA}
+    unread = {knob for knob, (axis, readers) in READ_BY.items() if chosen[axis] not in readers}
+    learned = " ".join(name for name in row["learned"].split() if name not in unread)
+    return {name: value if name in unread else row[name] for name, value in OF_MHA.items()} | dict(learned=learned)
 
 
 def outside(config, ranges):
@@ -937,11 +975,10 @@ def refused(c):
         near = difflib.get_close_matches(str(getattr(c, name)), map(str, legal[name]), n=1, cutoff=0.4)
         values = ", ".join(str(value) or '""' for value in legal[name]) + (f"; did you mean {near[0]}?" if near else "")
         problems.append(f"{name}={getattr(c, name)!r} is none of {values}")
-    for knobs, (axis, readers) in READ_BY.items():
-        for knob in knobs.split():
-            if axis not in wrong and getattr(c, axis) not in readers and getattr(c, knob) != OF_MHA[knob]:
-                problems.append(f"{knob}={getattr(c, knob)!r} belongs to {axis}={' or '.join(sorted(map(str, readers)))}: "
-                                f"with {axis}={getattr(c, axis)} take {knob}={OF_MHA[knob]!r}")  # fmt: skip
+    for knob, (axis, readers) in READ_BY.items():
+        if axis not in wrong and getattr(c, axis) not in readers and getattr(c, knob) != OF_MHA[knob]:
+            problems.append(f"{knob}={getattr(c, knob)!r} belongs to {axis}={' or '.join(sorted(map(str, readers)))}: "
+                            f"with {axis}={getattr(c, axis)} take {knob}={OF_MHA[knob]!r}")  # fmt: skip
     for choices, needs, why in NEEDS:
         lacking = " and ".join(f"{name}={value}" for name, value in needs.items() if getattr(c, name) != value)
         if lacking and not set(wrong) & {*choices, *needs} and all(getattr(c, axis) in v for axis, v in choices.items()):

@@ -5,7 +5,7 @@ Text -> token shards in data/NAME (the format is data.py's).
     python prepare.py lis                                             prefix longest increasing subsequences, as bytes
     python prepare.py shakespeare --input ../texts/input.txt          any text files or folders of them
     python prepare.py mine --input a.jsonl.gz --column body           rows of .jsonl, .csv or .parquet files, packed or not
-    python prepare.py minipile                                        a hub data set: minipile, tinystories, openwebtext
+    python prepare.py minipile                                        or tinystories, openwebtext, slimpajama, from the hub
     python prepare.py owner/name --tokenizer gpt2 --source DIR        any other one, here from a local copy
 
 Text files are UTF-8, or have a byte order mark, or --encoding says what they are; <|endoftext|> in them ends a document. The
@@ -47,7 +47,12 @@ from data import Writer, get_tokenizer, read_meta
 from files import lock, replacing
 from guard import DISK, UserError, cli
 
-HUB = dict(minipile="JeanKaddour/minipile", tinystories="roneneldan/TinyStories", openwebtext="Skylion007/openwebtext")
+HUB = dict(
+    minipile="JeanKaddour/minipile",
+    tinystories="roneneldan/TinyStories",
+    openwebtext="Skylion007/openwebtext",
+    slimpajama="DKYoon/SlimPajama-6B",  # a sample of 6 billion tokens
+)
 BATCH = 1 << 20  # characters or bytes of text that a worker has at once: enough that the way to it is little
 # a word of a file's name, or a hub split's name -> our split; test text is never trained on
 SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", dev="val", eval="val", test="test",

@@ -32,7 +32,7 @@ from data import ORDER, Split, fingerprint, verify
 from device import keep_memory, pick_device, short_dtype
 from guard import UserError, cli
 from log import Log, say
-from model import GPT, GPTConfig, Scalar, outside
+from model import GPT, GPTConfig, Scalar, Stacked, outside
 
 
 @dataclass
@@ -100,6 +100,16 @@ def model_config(cfg, **others):
     return GPTConfig(**{f.name: getattr(cfg, f.name) for f in fields(GPTConfig)} | others)
 
 
+class Muon(torch.optim.Muon):
+    """torch's, with an update for each matrix that a parameter stacks, as c_attn does q, k and v. `stacked`: their numbers."""
+
+    def _init_group(self, group, params, *others):
+        super()._init_group(group, params, *others)
+        numbers = [self.stacked.get(p, 1) for p in params]
+        for tensors in (params, *others):  # the gradients and momenta: parts of a tensor are views of it
+            tensors[:] = [part for t, n in zip(tensors, numbers, strict=True) for part in t.chunk(n)]
+
+
 def optimizers(model, cfg, device):
     """
     The optimizers of a model. Each parameter group has a `peak`, its share of the schedule: matrices and embeddings with
@@ -117,9 +127,9 @@ def optimizers(model, cfg, device):
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), fused=device != "mps")
     if not hidden:
         return [adamw]
-    hidden = [p for p in model.parameters() if p in hidden]
     # matched in size to AdamW's updates, so that one learning rate serves both
-    muon = torch.optim.Muon(hidden, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([p for p in model.parameters() if p in hidden], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon.stacked = {m.weight: m.n for m in model.modules() if isinstance(m, Stacked)}
     muon.param_groups[0]["peak"] = 1.0
     return [adamw, muon]
 

@@ -189,6 +189,7 @@ def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys)
     ("MHA2nd1st", dict(learned=""), None),  # which learned tau, whatever its configuration said
     ("TMMFormer", dict(momentum="triple", learned="beta gamma mu"), None),  # which learned eta
     ("LinearMHA", {}, "whose linear attention ended in a norm"),
+    ("CEM+", {}, "whose tied MLP took a single inner step"),
     ("PolyakFormer", dict(variant="VerletFormer", momentum="verlet"), "whose VerletFormer kicked and drifted in another order"),
     ("PolyakFormer", dict(variant="IMEXFormer", momentum="imex"), "whose IMEXFormer had its friction implicit"),
 ])  # fmt: skip
@@ -196,7 +197,8 @@ def test_checkpoints_of_an_earlier_version(tmp_path, variant, then, words):
     """Load as the function that they were, or are refused with the reason."""
     model, idx = tiny(variant, noise=0.1), torch.arange(9)[None]
     config = {k: v for k, v in asdict(model.config).items() if k not in ("tau", "implicit_steps", "backbone")} | then
-    checkpoint.save(tmp_path, dict(model=model.state_dict(), model_config=config, tokenizer="bytes", step=7), best=False)
+    weights = {name: p for name, p in model.state_dict().items() if "mlp.eta" not in name}
+    checkpoint.save(tmp_path, dict(model=weights, model_config=config, tokenizer="bytes", step=7), best=False)
     if words is None:
         loaded, state = checkpoint.load_model(tmp_path / "ckpt.pt")
         assert torch.equal(loaded(idx)[0], model(idx)[0]) and state["model_config"] == asdict(model.config)
@@ -246,6 +248,29 @@ def test_optimizer_groups_cover_every_parameter_once():
                 assert g["peak"] == pytest.approx(0.1 if scalar else 1)
                 assert (g["weight_decay"] > 0) == (p.dim() == 2 and not scalar)
         assert (optimizer == "muon") == any("c_fc" in names[p] for p in groups[-1]["params"] if len(groups) == 4)
+
+
+@pytest.mark.parametrize("variant, stacked", [
+    ("MHA", {"attn.c_attn.weight": 3}),
+    ("Llama", {"attn.c_attn.weight": 3, "mlp.c_fc.weight": 2}),
+    ("CEM", {"attn.c_attn.weight": 2, "mlp.c_fc.weight": 2}),
+])  # fmt: skip
+def test_muon_updates_each_stacked_matrix_by_itself(variant, stacked):
+    """As torch's Muon updates the same matrices in parameters of their own."""
+    model, cfg = tiny(variant), parse(train.Config, ["--optimizer=muon"])
+    matrices = {name: p for name, p in model.transformer.h[0].named_parameters() if p.dim() == 2}
+    apart = {name: [part.detach().clone() for part in p.chunk(stacked.get(name, 1))] for name, p in matrices.items()}
+    parts, knobs = [part for parts in apart.values() for part in parts], dict(adjust_lr_fn="match_rms_adamw")
+    muon, reference = train.optimizers(model, cfg, "cpu")[1], torch.optim.Muon(parts, weight_decay=cfg.weight_decay, **knobs)
+    for _ in range(2):
+        model.zero_grad()
+        model(*[torch.randint(257, (2, 8))] * 2)[1].backward()
+        for name, p in matrices.items():
+            for part, gradient in zip(apart[name], p.grad.chunk(len(apart[name])), strict=True):
+                part.grad = gradient.clone()
+        muon.step(), reference.step()
+    for name, p in matrices.items():
+        torch.testing.assert_close(p.detach(), torch.cat(apart[name]))
 
 
 def test_learning_rate_schedule():
