@@ -246,7 +246,19 @@ def compare(args, name, steps, seeds, **knobs):
     """A comparison of LEARNING: the seconds that it took and {system: its runs}. Raises UserError."""
     knobs = dict(dataset=args.dataset, data_dir=args.data_dir, optimizer="muon", learning_rate=args.learning_rate,
                  min_lr=args.learning_rate / 10, log_interval=5, warmup_iters=steps // 10) | args.learner | knobs  # fmt: skip
-    command = [sys.executable, "-m", "experiments.compare", name, "--out", args.out, "--steps", steps, "--seeds", *seeds]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.compare",
+        name,
+        "--out",
+        args.out,
+        "--steps",
+        steps,
+        "--seeds",
+        *seeds,
+        "--untimed",
+    ]
     command += ["--config", ROOT / "config" / "minipile_30m.toml", "--jobs", len(LEARNING), "--systems", *LEARNING]
     began = time.monotonic()
     process = subprocess.Popen([*map(str, command), "--", *flags(knobs)], stdout=subprocess.DEVNULL, start_new_session=True,
@@ -260,7 +272,7 @@ def compare(args, name, steps, seeds, **knobs):
         raise UserError(f"{name} failed: its error is above")
     with open(os.path.join(args.out, f"{name}.json")) as file:
         systems = json.load(file)["systems"]
-    return time.monotonic() - began, {system: runs for system, by_rate in systems.items() for runs in by_rate.values()}
+    return time.monotonic() - began, {system: of_system["runs"] for system, of_system in systems.items()}
 
 
 def learning(args):

@@ -3,19 +3,22 @@ Several systems, several seeds, one budget: runs of train.py, a table of their l
 
     python -m experiments.compare wikitext2 --config config/wikitext2.toml --seeds 1 2 3 --jobs 2 \\
         --systems MHA NagMHA "MomenMHA --beta=0.8" "MHA --match=YuriiFormer" -- --eval_interval=50
-    python -m experiments.compare sweep --systems MHA NagMHA --learning_rates 1e-3 2e-3 4e-3 --tokens 2e6
+    python -m experiments.compare fair --systems MHA NagMHA --learning_rates 2e-3 4e-3 8e-3 --seeds 1 2 3 --tokens 2e6
 
 A system is a variant, with overrides behind it; --match=SYSTEM among them sets the width that brings its number of
 parameters nearest to that system's. What follows -- goes to every run. The budget is the same number of training steps
-(the config's max_iters unless --budget says otherwise), of tokens, or of seconds: then a short run measures each system's
-seconds a step, evaluations left out, and its schedule ends when the budget does. A rate of --learning_rates goes with a
-min_lr in the config's proportion, and every system is shown at its best rate.
+(the config's max_iters unless --steps says otherwise), of tokens, or of seconds: then the schedule ends when the budget does.
+
+With --learning_rates each system takes the rate that is best for it: by one run for each rate, of --tuning_seed and of
+--tuning_share of the budget. The seeds that are reported choose nothing. A rate goes with a min_lr in the config's proportion.
 
 Runs live in out/NAME. Finished ones are not run again and interrupted ones go on, so the command can be stopped and
-repeated. It writes NAME.md, .png and .json to --out; the last has the curves and all that the other two are made from.
+repeated. Speed is measured by a few steps of each system alone. It writes NAME.md, .png and .json to --out; the last has the
+curves and all that the other two are made from.
 """
 
 import datetime
+import itertools
 import json
 import math
 import os
@@ -26,8 +29,8 @@ import sys
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from itertools import pairwise
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -36,7 +39,7 @@ import train
 from configurator import parse
 from data import read_meta
 from experiments.arguments import parser_with
-from experiments.plot import enlarge_end, new_figure, read_metrics, save
+from experiments.plot import enlarge_end, line, new_figure, read_metrics, save
 from experiments.records import made, markdown, mean_sd, write
 from guard import UserError, cli
 from model import GPT, GPTConfig
@@ -174,101 +177,176 @@ def final(runs):
     return [run["validation"][-1][1] for run in runs]
 
 
-def best_rate(by_rate):
-    """Of {rate: runs} the rate with the least mean final loss; that of a run that diverged is infinite."""
-    return min(by_rate, key=lambda rate: statistics.mean(final(by_rate[rate])))
+def oracle_calls(config):
+    """How often a forward pass asks a sublayer of a GPTConfig's model for a direction, an inner step counting as one."""
+    with torch.device("meta"):
+        model, asked = GPT(replace(config, reversible=False)), []
+        for block in model.transformer.h:
+            for oracle in (block.attn, block.mlp):
+                oracle.register_forward_hook(lambda *_: asked.append(config.inner_steps))
+        model(torch.zeros(1, 1, dtype=torch.long))
+    return sum(asked)
 
 
-def curve(runs, kind, unit):
-    """[(x, mean, sd), ...] over a system's runs; kind: training or validation; x in steps, tokens or seconds of training."""
+def curve(runs, kind, unit, base=None):
+    """
+    [(x, mean, sd), ...] over a system's runs, minus those of a base seed by seed, if there is one. kind: training or
+    validation; x in steps, tokens or seconds of training.
+    """
     scale = statistics.mean(run["per_step"][unit] for run in runs)
-    points = [list(zip(*at, strict=True)) for at in zip(*(run[kind] for run in runs), strict=True)]
-    return [(x[0] * scale, statistics.mean(y), statistics.stdev(y) if len(y) > 1 else 0.0) for x, y in points]
+    points = []
+    for at in zip(*(run[kind] for run in runs), strict=True):
+        x, losses = at[0][0] * scale, [loss for _, loss in at]
+        if base:
+            scales = statistics.mean(run["per_step"][unit] for run in base)
+            theirs = [np.interp(x, *(np.array(run[kind]) * (scales, 1)).T) for run in base]
+            losses = [float(loss - other) for loss, other in zip(losses, theirs, strict=True)]
+        points.append((x, statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0))
+    return points
 
 
 def reach(points, target):
     """Where the line through [(x, loss, ...), ...] first comes down to target; None if it doesn't."""
-    for (a, u, *_), (b, w, *_) in pairwise(points):
+    for (a, u, *_), (b, w, *_) in itertools.pairwise(points):
         if u <= target:
             return a
         if w <= target:
             return a + (b - a) * (u - target) / (u - w)
 
 
-def p_value(losses, base):
-    """Of the two-sided paired t-test: could the mean difference of the seeds be chance? None for a single seed."""
+def paired(losses, base):
+    """
+    Of losses minus base's, seed by seed: their mean, its 95% interval as a pair, and the p of the two-sided t-test: could the
+    mean be chance? A single seed has neither of the last two, and runs that diverged have none of the three: None instead.
+    """
     from scipy.stats import ttest_rel
 
-    return ttest_rel(losses, base).pvalue.item() if len(losses) > 1 else None
+    if math.inf in (*losses, *base):
+        return None, None, None
+    mean = statistics.mean(a - b for a, b in zip(losses, base, strict=True))
+    if len(losses) == 1:
+        return mean, None, None
+    test = ttest_rel(losses, base)
+    return mean, tuple(map(float, test.confidence_interval(0.95))), float(test.pvalue)
 
 
-def at_best(data):
-    """{system: its runs at its best rate}. data: what NAME.json holds. Raises UserError if a system diverged at all rates."""
-    best = {system: rates[best_rate(rates)] for system, rates in data["systems"].items()}
-    if lost := [system for system, runs in best.items() if math.inf in final(runs)]:
-        raise UserError(f"{', '.join(lost)} diverged at every learning rate: lower them")
-    return best
+def holm(ps):
+    """Holm's correction of {name: p, or None}: of k tests the i-th smallest p times k - i + 1, never below one before it."""
+    corrected, least = dict.fromkeys(ps), 0.0
+    known = sorted((name for name, p in ps.items() if p is not None), key=ps.get)
+    for i, name in enumerate(known):
+        corrected[name] = least = max(least, min(1.0, (len(known) - i) * ps[name]))
+    return corrected
 
 
 NOTES = """
-To {base}'s loss: where a system's mean validation curve, linear between evaluations, first comes down to {base}'s final
-mean. Tokens/s: median over logged steps, {jobs} run(s) at a time. GB: peak memory. Spike: the largest ratio of a training
-loss to the mean of the ten logged before it. The last three columns are numbers of parameters.
+Loss: mean ± standard deviation over the seeds. Minus {base}'s: mean of the differences seed by seed, and its 95% interval
+by the paired t-test. p: of that test, two-sided, n = {n}, by Holm's correction over the systems of this table. So few seeds
+have little power: a large p does not say that two systems are equal.
 
-p: two-sided paired t-test over the seeds, n = {n}, not corrected for the number of systems. So few seeds have little power:
-a large p does not say that two systems are equal. There is no p where a rate was chosen by these same losses.
+To {base}'s loss: where a system's mean validation curve, linear between evaluations, first comes down to {base}'s final
+mean. Oracle calls: of attention or MLP in a forward pass. Seconds: of the training steps of one run, at the speed of a few
+steps measured alone. GB: peak memory. Spike: the largest ratio of a training loss to the mean of the ten logged before it.
+The last three columns are numbers of parameters.
 
 """
 
 
 def report(data):
     """The text of NAME.md."""
-    cfg, unit, systems = data["config"], data["budget"][0], at_best(data)
-    rates, every = data["learning_rates"], [run for runs in systems.values() for run in runs]
-    seeds, (base, of_base) = ", ".join(map(str, data["seeds"])), next(iter(systems.items()))
-    head = ["system", "loss", f"minus {base}'s, seed by seed", "p", "steps", f"{unit} to {base}'s loss", "tokens/s", "GB"]
+    cfg, unit, systems = data["config"], data["budget"][0], data["systems"]
+    base, first = next(iter(systems.items()))
+    of_base, tuned = first["runs"], len(first["tuning"]) > 0
+    against = {name: paired(final(s["runs"]), final(of_base)) for name, s in systems.items() if name != base}
+    corrected = holm({name: p for name, (_, _, p) in against.items()})
+    head = f"system|loss|minus {base}'s|p|tokens|oracle calls|seconds|{unit} to {base}'s loss|GB|spike|embedding|layers|scalars"
     rows = []
-    for system, runs in systems.items():
-        first, losses = runs[0], final(runs)
-        p = p_value(losses, final(of_base)) if len(rates) == 1 else None  # the rates were chosen by these losses
-        differences = [a - b for a, b in zip(losses, final(of_base), strict=True)]
+    for name, s in systems.items():
+        runs, (difference, interval, _) = s["runs"], against.get(name, (None, None, None))
         at = reach(curve(runs, "validation", unit), curve(of_base, "validation", unit)[-1][1])
+        tokens = runs[0]["steps"] * runs[0]["per_step"]["tokens"]
         rows.append([
-            system + f", width {first['n_embd']}" * ("--match" in system)
-            + f", rate {best_rate(data['systems'][system])}" * (len(rates) > 1), mean_sd(losses),
-            *(("", "") if system == base else (mean_sd(differences, "+.4f"), "" if p is None else f"{p:.2g}")),
-            f"{first['steps']:,}", "not reached" if at is None else f"{at:,.0f}",
-            f"{statistics.median(run['tokens_per_second'] for run in runs):,.0f}",
+            name + f", width {runs[0]['n_embd']}" * ("--match" in name) + (f", rate {s['rate']}" if tuned else ""),
+            mean_sd(final(runs)),
+            "" if difference is None else f"{difference:+.4f}" + (" [{:+.4f}, {:+.4f}]".format(*interval) if interval else ""),
+            "" if corrected.get(name) is None else f"{corrected[name]:.2g}",
+            f"{tokens:,}", s["oracle_calls"], f"{tokens / s['tokens_per_second']:,.0f}" if s["tokens_per_second"] else "",
+            "not reached" if at is None else f"{at:,.0f}",
             f"{max(run['memory_gb'] for run in runs):.2f}", f"{max(run['spike'] for run in runs):.2f}".replace("nan", ""),
-            *(f"{number:,}" for number in first["parameters"].values()),
+            *(f"{number:,}" for number in runs[0]["parameters"].values()),
         ])  # fmt: skip
-    budget = of_base[0]["steps"] * of_base[0]["per_step"][unit]
+    budget, every = of_base[0]["steps"] * of_base[0]["per_step"][unit], [run for s in systems.values() for run in s["runs"]]
     text = (
         f"`{data['command']}`\n\n"
-        f"Validation loss in nats per token of {cfg['dataset']} after {budget:,.0f} {unit} of training, mean ±\n"
-        f"standard deviation over seeds {seeds}. {cfg['n_layer']} layers, width {cfg['n_embd']}, context {cfg['block_size']}, "
-        f"{of_base[0]['per_step']['tokens']:,} tokens a step.\n\n"
-        + markdown([*head, "spike", "embedding", "layers", "scalars"], rows)
-        + NOTES.format(base=base, n=len(data["seeds"]), jobs=data["jobs"])
+        f"Validation loss in nats per token of {cfg['dataset']} after {budget:,.0f} {unit} of training, over seeds "
+        f"{', '.join(map(str, data['seeds']))}.\n{cfg['n_layer']} layers, width {cfg['n_embd']}, context {cfg['block_size']}, "
+        f"{of_base[0]['per_step']['tokens']:,} tokens per step, optimizer {cfg['optimizer']}, backbone {cfg['backbone']}, "
+        f"qk_norm {cfg['qk_norm']}.\n\n" + markdown(head.split("|"), rows) + NOTES.format(base=base, n=len(data["seeds"]))
     )
-    if len(rates) > 1:
-        losses = [[rate, *(mean_sd(final(tried[rate])) for tried in data["systems"].values())] for rate in rates]
-        text += f"Of {len(rates)} learning rates each system has its best above, chosen by the mean of these same losses:\n\n"
-        text += markdown(["rate", *systems], losses) + "\n"
+    if tuned:
+        rates = [*first["tuning"]]
+        losses = [[rate, *(mean_sd([s["tuning"][rate]]) for s in systems.values())] for rate in rates]
+        text += f"The rate of each system is the best of these, by a run of seed {data['tuning_seed']} and "
+        text += f"{data['tuning_share']:g} of the budget:\n\n" + markdown(["rate", *systems], losses) + "\n"
     dates = [run["date"] for run in every]
     return text + f"Made {min(dates)} to {max(dates)}: {made(every)}.\n"
 
 
 def draw(data, path):
-    """Training and validation loss of every system, in the manner of Figure 1 of [Ren] (arXiv 2511.00907)."""
-    fig, axes = new_figure(2)
-    unit, seeds = data["budget"][0], ", ".join(map(str, data["seeds"]))
-    for ax, kind in zip(axes, ("training", "validation"), strict=True):
-        enlarge_end(ax, {system: curve(runs, kind, unit) for system, runs in at_best(data).items()})
-        ax.set(xlabel=f"{unit} of training", ylabel="nats per token", title=f"{kind} loss")
+    """Validation loss of every system, and what it is beyond the first system's, which shows what the curves hide."""
+    fig, (ax, beside) = new_figure(2)
+    unit, systems = data["budget"][0], {name: s["runs"] for name, s in data["systems"].items()}
+    of_base, base = next(iter(systems.values())), next(iter(systems))
+    enlarge_end(ax, {name: curve(runs, "validation", unit) for name, runs in systems.items()})
+    ax.set(xlabel=f"{unit} of training", ylabel="nats per token", title="validation loss")
+    late = []
+    for i, runs in enumerate(systems.values()):
+        x, mean, sd = zip(*curve(runs, "validation", unit, of_base), strict=True)
+        low, high = ([m + sign * d for m, d in zip(mean, sd, strict=True)] for sign in (-1, 1))
+        beside.plot(x, mean, **line(i))
+        beside.fill_between(x, low, high, color=line(i)["color"], alpha=0.15, lw=0)
+        late += [y for at, *band in zip(x, low, high, strict=True) if at >= 0.4 * x[-1] for y in band if math.isfinite(y)]
+    beside.set(xlabel=f"{unit} of training", title=f"minus {base}'s, seed by seed")
+    if max(late) > min(late):
+        beside.set_ylim(min(late) - 0.1 * (max(late) - min(late)), max(late) + 0.1 * (max(late) - min(late)))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    seeds = ", ".join(map(str, data["seeds"]))
     fig.suptitle(f"{data['config']['dataset']}, {data['budget'][1]:,.0f} {unit}: mean ± sd over seeds {seeds}", fontsize=10)
     save(fig, path)
+
+
+def budgeted(command, value, unit, timed):
+    """A system's command with as many steps as the budget allows; timed: the folder of a run that measured its speed."""
+    tokens = tokens_per_step(parse(train.Config, command))
+    a_step = 1 if unit == "steps" else tokens if unit == "tokens" else tokens / speed(read_metrics(timed))
+    return [*command, f"--max_iters={max(1, round(value / a_step))}", "--lr_decay_iters=None"]
+
+
+def with_rate(command, rate):
+    """A system's command at another learning rate, min_lr in proportion; None: as it is."""
+    if rate is None:
+        return command
+    cfg = parse(train.Config, command)
+    return [*command, f"--learning_rate={rate}", f"--min_lr={cfg.min_lr * rate / cfg.learning_rate}"]
+
+
+def tune(commands, folder, args):
+    """The losses of each system at each rate, on a seed and a budget that serve nothing else: {system: {rate: loss}}."""
+    work = {}
+    for system, command in commands.items():
+        cfg = parse(train.Config, command)
+        steps, warmup = (max(least, round(args.tuning_share * n)) for least, n in ((1, cfg.max_iters), (0, cfg.warmup_iters)))
+        for rate in args.learning_rates or []:
+            out_dir = folder(system, f"rate={rate}", "tuning")
+            work[system, rate] = [*with_rate(command, rate), f"--max_iters={steps}", "--lr_decay_iters=None",
+                                  f"--warmup_iters={warmup}", f"--seed={args.tuning_seed}", f"--out_dir={out_dir}"]  # fmt: skip
+    run_all({parse(train.Config, command).out_dir: command for command in work.values()}, args.jobs)
+    tried = {system: {} for system in commands}
+    for (system, rate), command in work.items():
+        tried[system][rate] = final([read_run(command)])[0]
+    if lost := [system for system, losses in tried.items() if losses and min(losses.values()) == math.inf]:
+        raise UserError(f"{', '.join(lost)} diverged at every learning rate: lower them")
+    return tried
 
 
 def main(arguments):
@@ -282,7 +360,10 @@ def main(arguments):
     budget = parser.add_mutually_exclusive_group()
     for unit in UNITS:
         budget.add_argument(f"--{unit}", type=float, help=f"{unit} of training, the same for every system")
-    parser.add_argument("--learning_rates", nargs="+", type=float, help="rates to try with every system")
+    parser.add_argument("--learning_rates", nargs="+", type=float, help="rates of which each system takes its best")
+    parser.add_argument("--tuning_seed", type=int, default=0, help="the seed on which the rates are compared")
+    parser.add_argument("--tuning_share", type=float, default=0.25, help="of the budget, for each run that compares rates")
+    parser.add_argument("--untimed", action="store_true", help="leave out the steps that measure speed, and the seconds")
     parser.add_argument("--out", default="results", help="folder of NAME.md, .png and .json")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     args = parser.parse_args(arguments[: arguments.index("--")] if "--" in arguments else arguments)
@@ -290,34 +371,29 @@ def main(arguments):
     def folder(*words):
         return os.path.join("out", args.name, "-".join(words).replace(" --", "_").replace("/", "_"))
 
-    # the budget, as every system's number of steps
-    commands = {system: command_of(system, [args.config, *shared]) for system in args.systems}
     value, unit = next(((v, u) for u in UNITS if (v := getattr(args, u)) is not None), (None, "steps"))
-    if value is not None:
-        if value <= 0:
-            raise UserError(f"--{unit} {value:g} must be positive")
-        if unit == "seconds":
-            short = ["--max_iters=50", "--eval_interval=50", "--eval_iters=1", "--log_interval=10"]
-            timed = {system: folder(system, "timed") for system in commands}
-            run_all({timed[s]: [*command, *short, f"--out_dir={timed[s]}"] for s, command in commands.items()}, args.jobs)
-        for system, command in commands.items():
-            tokens = tokens_per_step(parse(train.Config, command))
-            a_step = 1 if unit == "steps" else tokens if unit == "tokens" else tokens / speed(read_metrics(timed[system]))
-            command += [f"--max_iters={max(1, round(value / a_step))}", "--lr_decay_iters=None"]
-
-    # the runs
+    if value is not None and value <= 0:
+        raise UserError(f"--{unit} {value:g} must be positive")
+    if args.learning_rates and args.tuning_seed in args.seeds:
+        raise UserError(f"--tuning_seed {args.tuning_seed} is one of --seeds: what is reported must not choose the rates")
+    commands = {system: command_of(system, [args.config, *shared]) for system in args.systems}
     if len({cfg.eval_iters * cfg.batch_size for cfg in (parse(train.Config, command) for command in commands.values())}) > 1:
         raise UserError("the systems evaluate on different windows: let eval_iters * batch_size be the same for all")
-    systems, work = {}, {}
+    for command, rate in itertools.product(commands.values(), args.learning_rates or []):  # what is wrong is said at once
+        parse(train.Config, with_rate(command, rate))
+    short = ["--max_iters=20", "--warmup_iters=0", "--eval_interval=20", "--eval_iters=1", "--log_interval=4"]
+    timed = {folder(s, "timed"): [*command, *short, f"--out_dir={folder(s, 'timed')}"] for s, command in commands.items()}
+    if unit == "seconds" or not args.untimed:
+        run_all(timed, 1)
+    if value is not None:
+        commands = {s: budgeted(command, value, unit, folder(s, "timed")) for s, command in commands.items()}
+    tried = tune(commands, folder, args)
+    best = {system: min(losses, key=losses.get, default=None) for system, losses in tried.items()}
+    work = {}
     for system, command in commands.items():
-        cfg = parse(train.Config, command)
-        for rate in args.learning_rates or [cfg.learning_rate]:
-            same = rate == cfg.learning_rate
-            flags = [] if same else [f"--learning_rate={rate}", f"--min_lr={cfg.min_lr * rate / cfg.learning_rate}"]
-            for seed in args.seeds:
-                out_dir = folder(" ".join([system, *flags[:1]]), str(seed))
-                work[out_dir] = [*command, *flags, f"--seed={seed}", f"--out_dir={out_dir}"]
-                systems.setdefault(system, {}).setdefault(str(rate), []).append(out_dir)
+        for seed in args.seeds:
+            out_dir = folder(system, str(seed))
+            work[out_dir] = [*with_rate(command, best[system]), f"--seed={seed}", f"--out_dir={out_dir}"]
     run_all(work, args.jobs)
 
     # the results
@@ -325,13 +401,21 @@ def main(arguments):
     data = dict(
         command=f"python -m experiments.compare {shlex.join(arguments)}",
         seeds=args.seeds,
-        jobs=args.jobs,
+        tuning_seed=args.tuning_seed,
+        tuning_share=args.tuning_share,
         budget=(unit, value or first.max_iters),
-        learning_rates=list(systems[args.systems[0]]),
         config=asdict(first),
-        systems={system: {rate: [read_run(work[f]) for f in of_seeds] for rate, of_seeds in rates.items()}
-                 for system, rates in systems.items()},
-    )  # fmt: skip
+        systems={
+            system: dict(
+                rate=best[system],
+                tuning={str(rate): loss for rate, loss in tried[system].items()},
+                oracle_calls=oracle_calls(train.model_config(parse(train.Config, command), vocab_size=257)),
+                tokens_per_second=None if args.untimed else speed(read_metrics(folder(system, "timed"))),
+                runs=[read_run(work[folder(system, str(seed))]) for seed in args.seeds],
+            )
+            for system, command in commands.items()
+        },
+    )
     result = os.path.join(args.out, args.name)
     write(f"{result}.json", json.dumps(data) + "\n")
     write(f"{result}.md", report(data))

@@ -54,14 +54,31 @@ def final(folder):
         return json.loads(file.readlines()[-1])["val_loss"]
 
 
-def test_p_value():
-    """Student's own example, the sleep data of 1908, whose p R's documentation of t.test gives as 0.002833."""
+def test_paired():
+    """Student's own example, the sleep data of 1908, whose p and interval R's documentation of t.test gives."""
     a = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
     b = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-    assert compare.p_value(a, b) == pytest.approx(0.002833, abs=5e-7)
+    mean, interval, p = compare.paired(a, b)
+    assert mean == pytest.approx(-1.58) and interval == pytest.approx((-2.4598858, -0.7001142), abs=1e-6)
+    assert p == pytest.approx(0.002833, abs=5e-7)
     # n = 2: t = mean / half the range is Cauchy's, whose tails are arctangents
-    assert compare.p_value([3.0, 5.0], [2.0, 2.0]) == pytest.approx(1 - 2 / math.pi * math.atan(2 / 1))
-    assert compare.p_value([1.0], [2.0]) is None
+    assert compare.paired([3.0, 5.0], [2.0, 2.0])[2] == pytest.approx(1 - 2 / math.pi * math.atan(2 / 1))
+    assert compare.paired([1.0], [2.0]) == (-1, None, None)
+    assert compare.paired([1.0, math.inf], [2.0, 2.0]) == (None, None, None)
+
+
+def test_holm():
+    """What R's p.adjust(c(0.04, 0.01, 0.05, 0.02, 0.03), "holm") gives; what has no p is no test."""
+    ps = dict(a=0.04, b=0.01, none=None, c=0.05, d=0.02, e=0.03)
+    assert compare.holm(ps) == pytest.approx(dict(a=0.09, b=0.05, none=None, c=0.09, d=0.08, e=0.09))
+    assert compare.holm(dict(a=0.7, b=0.9)) == dict(a=1, b=1)
+
+
+@pytest.mark.parametrize("variant, calls", [("MHA", 6), ("YuriiFormerEuler", 6), ("VerletFormer", 9), ("IMEXFormer", 12),
+                                            ("CEM+", 12), ("LoopNagMHA", 24)])  # fmt: skip
+def test_oracle_calls(variant, calls):
+    """Of three layers: 1.5 times as many with Strang splitting, twice with two iterations or two inner steps."""
+    assert compare.oracle_calls(GPTConfig(variant=variant, n_layer=3, n_head=2, n_embd=8, vocab_size=9)) == calls
 
 
 def test_reach():
@@ -79,14 +96,10 @@ def test_curve():
     assert compare.curve(runs, "validation", "tokens")[1][0] == 40
     assert compare.curve(runs, "validation", "seconds")[1][0] == 10
     assert compare.curve(runs[1:], "validation", "steps") == [(0, 6, 0), (5, 1, 0)]
-
-
-def test_best_rate_is_that_of_the_least_mean():
-    losses = {"1e-3": (2.0, 2.2), "2e-3": (1.0, 2.9), "4e-3": (2.3, 1.9), "8e-3": (0.1, math.inf)}
-    rates = {rate: [dict(validation=[(0, 5.0), (9, loss)]) for loss in of_seeds] for rate, of_seeds in losses.items()}
-    assert compare.best_rate(rates) == "2e-3"
-    assert compare.best_rate({rate: rates[rate] for rate in ("8e-3", "4e-3", "1e-3")}) in ("1e-3", "4e-3")
-    assert compare.best_rate({rate: rates[rate][:1] for rate in losses}) == "8e-3"
+    # minus a base that was evaluated at other steps: its two seeds lie on lines from 3 to 1 and from 5 to 1
+    base = [dict(per_step=dict(steps=1, tokens=4), validation=[(0, a), (10, 1)]) for a in (3, 5)]
+    assert compare.curve(runs, "validation", "steps", base) == [(0, 1, 0), (5, -1.5, pytest.approx(0.5**0.5))]
+    assert compare.curve(runs, "validation", "tokens", base) == [(0, 1, 0), (40, 0, 0)]
 
 
 def test_spike():
@@ -137,34 +150,31 @@ def test_which_runs_are_finished(flags, tmp_path):
 
 @pytest.mark.slow
 def test_budget_of_tokens_sweep_and_match(flags, here):
-    """2,048 tokens are 8 steps of 256 or 16 of 128; every rate is shown, and the schedule keeps its shape and its end."""
+    """2,048 tokens are 8 steps of 256 or 16 of 128. Every rate is tried for half of them, on a seed of its own."""
     systems = ["MHA", "NagMHA --batch_size=2 --eval_iters=4 --match=YuriiFormer"]
     compare.main(["t", "--config=empty.toml", "--seeds", "5", "6", "--systems", *systems, "--tokens", "2100",
-                  "--learning_rates", "0.01", "0.04", "--", *flags])  # fmt: skip
+                  "--tuning_share=0.5", "--learning_rates", "0.0001", "0.04", "--", *flags])  # fmt: skip
     data, table = result("t")
-    assert set(here) == {
-        f"out/t/{system}{rate}-{seed}"
-        for system in ("MHA", "NagMHA_batch_size=2_eval_iters=4_match=YuriiFormer")
-        for rate in ("", "_learning_rate=0.04")
-        for seed in (5, 6)
-    }
-    state = checkpoint.load("out/t/NagMHA_batch_size=2_eval_iters=4_match=YuriiFormer_learning_rate=0.04-6/ckpt.pt")
-    assert state["step"] == 16 and state["config"]["min_lr"] == pytest.approx(0.004) and state["config"]["seed"] == 6
-    assert checkpoint.load("out/t/MHA-5/ckpt.pt")["step"] == 8
+    folders = ["out/t/" + system.replace(" --", "_") for system in systems]
+    kinds = ("rate=0.0001-tuning", "rate=0.04-tuning", "5", "6", "timed")
+    assert sorted(here) == sorted(f"{folder}-{kind}" for folder in folders for kind in kinds)
     rows = {cells[1].strip(): cells for cells in (line.split("|") for line in table.splitlines()) if len(cells) > 3}
-    best = {}
-    for system in systems:
-        folder = "out/t/" + system.replace(" --", "_")
-        means = {rate: statistics.mean(final(f"{folder}{flag}-{seed}") for seed in (5, 6))
-                 for rate, flag in (("0.01", ""), ("0.04", "_learning_rate=0.04"))}  # fmt: skip
-        best[system] = min(means, key=means.get)
-        for rate, mean in means.items():
-            assert rows[rate][2 + systems.index(system)].strip().startswith(f"{mean:.4f} ± ")
+    for i, (system, folder, steps) in enumerate(zip(systems, folders, (8, 16), strict=True)):
+        tried = {rate: final(f"{folder}-rate={rate}-tuning") for rate in ("0.0001", "0.04")}
+        best = min(tried, key=tried.get)
+        for rate, loss in tried.items():
+            assert rows[rate][2 + i].strip() == f"{loss:.4f}"
+            state = checkpoint.load(f"{folder}-rate={rate}-tuning/ckpt.pt")
+            assert (state["step"], state["config"]["seed"]) == (steps // 2, 0)
+        for seed in (5, 6):
+            state = checkpoint.load(f"{folder}-{seed}/ckpt.pt")
+            assert (state["step"], state["config"]["seed"]) == (steps, seed)
+            assert state["config"]["learning_rate"] == float(best)
+            assert state["config"]["min_lr"] == pytest.approx(float(best) / 10)  # 1e-3 of 1e-2
         words = ", width 20" if "match" in system else ""  # 32 more rows of each table than MHA has
-        assert rows[f"{system}{words}, rate {best[system]}"][2].strip().startswith(f"{means[best[system]]:.4f} ± ")
-    assert "Of 2 learning rates" in table
-    assert state["model_config"]["n_embd"] == 20 and len(data["systems"]["MHA"]["0.04"]) == 2
-    assert data["budget"] == ["tokens", 2100] and data["config"]["max_iters"] == 8
+        mean = statistics.mean(final(f"{folder}-{seed}") for seed in (5, 6))
+        assert rows[f"{system}{words}, rate {best}"][2].strip().startswith(f"{mean:.4f} ± ")
+    assert state["model_config"]["n_embd"] == 20 and data["budget"] == ["tokens", 2100] and data["config"]["max_iters"] == 8
 
 
 @pytest.mark.slow
@@ -179,7 +189,7 @@ def test_budget_of_seconds(flags, here):
         with open(f"{folder}/metrics.jsonl") as file:
             speeds = [r["tokens_per_second"] for r in map(json.loads, file) if "tokens_per_second" in r]
         state = checkpoint.load(folder.replace("timed", "1") + "/ckpt.pt")
-        assert state["step"] == max(1, round(0.5 * sorted(speeds)[2] / 256)) and len(speeds) == 5
+        assert state["step"] == max(1, round(0.5 * statistics.median(speeds) / 256)) and len(speeds) > 3
         assert state["config"]["lr_decay_iters"] is None
         steps.append(state["step"])
     assert steps[0] > 1.5 * steps[1] and data["budget"] == ["seconds", 0.5]
@@ -196,6 +206,7 @@ def test_what_is_refused(flags):
     assert "did you mean NagMHA" in refused("--systems", "MHA", "NagMH")
     assert "did you mean NagMHA" in refused("--systems", "MHA --match=NagMH")
     assert "learning_rate=-1.0 must be positive" in refused("--systems", "MHA", "--learning_rates", "-1")
+    assert "--tuning_seed 2 is one of --seeds" in refused("--systems", "MHA", "--learning_rates", "1", "--tuning_seed", "2")
 
 
 @pytest.mark.slow
@@ -218,16 +229,20 @@ def test_compare(flags, monkeypatch):
     compare.main(command)
     data, table = result("small")
     losses = [final(f"out/small/{run}") for run in ("MHA-1", "MHA-2", "NagMHA_beta=0.5-1", "NagMHA_beta=0.5-2")]
-    for pair, sign in (losses[:2], ""), (losses[2:], ""), ([losses[2] - losses[0], losses[3] - losses[1]], "+"):
-        assert f"| {sum(pair) / 2:{sign}.4f} ± {abs(pair[0] - pair[1]) / 2**0.5:.4f} |" in table
-    assert [run["validation"][-1] for run in data["systems"]["NagMHA --beta=0.5"]["0.01"]] == [[12, x] for x in losses[2:]]
+    for pair in losses[:2], losses[2:]:
+        assert f"| {sum(pair) / 2:.4f} ± {abs(pair[0] - pair[1]) / 2**0.5:.4f} |" in table
+    # of two differences: the mean, and 12.706 times half of what lies between them, a 97.5% quantile of Cauchy's distribution
+    low, high = sorted((losses[2] - losses[0], losses[3] - losses[1]))
+    mean, half = (low + high) / 2, math.tan(0.475 * math.pi) * (high - low) / 2
+    assert f"| {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] |" in table
+    assert [run["validation"][-1] for run in data["systems"]["NagMHA --beta=0.5"]["runs"]] == [[12, x] for x in losses[2:]]
     # went on where it was stopped, to where it would have come without
     with open("out/small/MHA-2.log") as file:
         assert "step      0" not in (log := file.read()) and "step     12: validation" in log
     whole, resumed = (checkpoint.load(f"{folder}/ckpt.pt")["model"] for folder in ("whole", "out/small/MHA-2"))
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
     # where it was made
-    assert f"torch {torch.__version__}" in table and data["systems"]["MHA"]["0.01"][0]["hardware"]
+    assert f"torch {torch.__version__}" in table and data["systems"]["MHA"]["runs"][0]["hardware"]
     with open("results/small.png", "rb") as file:
         png = file.read()
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
@@ -242,7 +257,7 @@ def test_compare(flags, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_fails_says_where_to_look(flags):
-    with pytest.raises(UserError, match=r"see out/x/MHA-1.log: python train.py empty.toml"):
+    with pytest.raises(UserError, match=r"see out/x/MHA-timed.log: python train.py empty.toml"):
         compare.main(["x", "--config=empty.toml", "--systems", "MHA", "--seeds", "1", "--", *flags, "--dataset=missing"])
 
 
@@ -259,7 +274,7 @@ def test_a_rate_at_which_runs_diverge(flags, monkeypatch):
     command = ["d", "--config=empty.toml", "--seeds", "1", "--systems", "MHA", "--learning_rates", "1e30", "0.01", "--", *flags]
     compare.main(command)
     data, table = result("d")
-    assert compare.best_rate(data["systems"]["MHA"]) == "0.01" and "| 1e+30 | diverged |" in table
+    assert data["systems"]["MHA"]["rate"] == 0.01 and "| 1e+30 | diverged |" in table
     monkeypatch.setattr(compare.subprocess, "run", None)
     compare.main(command)
 
