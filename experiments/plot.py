@@ -2,6 +2,7 @@
 Loss curves of one or several runs as a PNG.
 
     python -m experiments.plot out/demo out/mha --by tokens --out loss.png
+    python -m experiments.plot "with momentum=out/demo" MHA=out/mha
 """
 
 import json
@@ -68,23 +69,27 @@ def save(fig, path):
     print(path)
 
 
-def label(path):
-    return os.path.basename(os.path.normpath(path.removesuffix("metrics.jsonl")))
+def labelled(run):
+    """The label and the path of LABEL=PATH, or of a path alone, whose last folder is its label."""
+    label, equals, path = run.partition("=")
+    if not equals or os.path.exists(run):  # experiments.compare makes folders with a = in their names
+        label, path = os.path.basename(os.path.normpath(run.removesuffix("metrics.jsonl"))), run
+    return label, path
 
 
 def main(arguments):
     parser = parser_with(
         __doc__,
     )
-    parser.add_argument("runs", nargs="+", help="folders of runs, or their metrics.jsonl")
+    parser.add_argument("runs", nargs="+", help="folders of runs, or their metrics.jsonl; LABEL=PATH names one")
     parser.add_argument("--by", choices=X, default="step")
     parser.add_argument("--out", default="loss.png", help="the PNG to write")
     args = parser.parse_args(arguments)
 
     fig, ax = new_figure()
-    for i, run in enumerate(args.runs):
-        records = read_metrics(run)
-        for key, style in (("train_loss", dict(alpha=0.35, lw=1)), ("val_loss", dict(marker="o", ms=3, label=label(run)))):
+    for i, (label, path) in enumerate(map(labelled, args.runs)):
+        records = read_metrics(path)
+        for key, style in (("train_loss", dict(alpha=0.35, lw=1)), ("val_loss", dict(marker="o", ms=3, label=label))):
             points = [(r[args.by], r[key]) for r in records if key in r]
             ax.plot(*zip(*points, strict=True), **line(i), **style)
     ax.set_xlabel(X[args.by])

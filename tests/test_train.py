@@ -643,6 +643,13 @@ def test_help_names_every_knob():
     assert re.search(r"^  optimizer=adamw .* \(adamw, muon\)$", text, re.MULTILINE)
 
 
+def test_labels_of_a_plot(tmp_path):
+    (odd := tmp_path / "MHA_beta=0.5-1").mkdir()
+    assert plot.labelled("a run=out/x=y") == ("a run", "out/x=y")
+    assert plot.labelled(str(odd)) == ("MHA_beta=0.5-1", str(odd))
+    assert plot.labelled("out/mha/metrics.jsonl") == ("mha", "out/mha/metrics.jsonl")
+
+
 def test_plot(trained, tmp_path):
     """A picture, whatever the horizontal axis."""
     for by in ("step", "tokens", "seconds"):
