@@ -248,35 +248,36 @@ SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")  # which surgery t
 def surgery(config, donor, weights):
     """
     Another model's weights in config's model: (config, weights) with the donor's sizes but config's block_size, cropped.
-    donor is the configuration of weights, a dict. If the two are one system (n_loop apart), that is all. If the donor is
-    MHA, config's system starts with its function and learns to leave it: tau = 0; or beta = 0, learned, with eta = 1 and
-    Nesterov's mu = eta beta, whatever config says of them. Raises UserError if that cannot be.
+    donor is the configuration of weights, a dict. If the two are one system (n_loop apart), that is all. If the donor has
+    neither momentum nor curvature, as MHA and Llama, config's system starts with its function and learns to leave it: tau = 0;
+    or beta = 0, learned, with eta = 1 and Nesterov's mu = eta beta, whatever config says of them. Raises UserError if that
+    cannot be.
     """
     sizes = {size: donor[size] for size in SIZES}
     if config.block_size > donor["block_size"]:
         raise UserError(f"block_size={config.block_size}: the weights have {donor['block_size']} positions; take at most that")
     weights = {k: v[: config.block_size] if k.endswith(("wpe.weight", "vpe.weight")) else v for k, v in weights.items()}
 
-    def differs(config, *free):
+    def differs(*free):
         """The donor's choices that config makes differently, except the free ones."""
         free += ("variant", "block_size", "dropout", "reversible", *sizes)
         return [choice for choice, value in donor.items() if choice not in free and getattr(config, choice) != value]
 
     try:
-        if not differs(config, "n_loop"):
+        if not differs("n_loop"):
             return replace(config, **sizes), weights
-        if differs(GPTConfig()):
+        if (donor["momentum"], donor["curvature"], donor["velocity_init"]) != ("none", "none", "zero"):
             raise UserError(
-                f"a checkpoint of {donor['variant']} cannot become {config.variant} (they differ in "
-                f"{', '.join(differs(config))}): only one of MHA can become another system"
+                f"a checkpoint of {donor['variant']} cannot become {config.variant} (they differ in {', '.join(differs())}): "
+                "only one without momentum, curvature and extra tables, such as MHA's, can become another system"
             )
-        if others := differs(config, "curvature", "momentum", "momentum_on", *SCALARS):
-            raise UserError(f"{config.variant} cannot start as MHA: nothing undoes its {', '.join(others)}")
+        if others := differs("curvature", "momentum", "momentum_on", *SCALARS):
+            raise UserError(f"{config.variant} cannot start as {donor['variant']}: nothing undoes its {', '.join(others)}")
         learned, starts = {*config.learned.split()}, {}
         if config.curvature != "none":
             learned, starts = learned | {"tau"}, dict(tau=0.0)
         if config.momentum not in ("none", "polyak", "nesterov"):
-            raise UserError(f"momentum={config.momentum} cannot start as MHA: take polyak or nesterov")
+            raise UserError(f"momentum={config.momentum} cannot start as {donor['variant']}: take polyak or nesterov")
         if config.momentum != "none":
             learned, starts = (learned | {"beta"}) - {"mu"}, starts | dict(beta=0.0, gamma=1.0, mu=None, eta=1.0)
         return replace(config, **sizes, **starts, learned=" ".join(sorted(learned))), weights

@@ -394,6 +394,25 @@ def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, choic
     assert moved and min(moved.values()) > 0.003
 
 
+@pytest.mark.parametrize(
+    "shared", [dict(backbone="llama", qk_norm=True), dict(backbone="llama", tied=True), dict(energy="linear")], ids=str
+)
+def test_surgery_on_other_systems(shared):
+    """Whatever has neither momentum nor curvature can take them: they start as nothing."""
+    donor, idx = tiny(**shared, noise=0.1), torch.arange(9)[None]
+    curvature = "none" if "tied" in shared or "energy" in shared else "newton"
+    asked = GPTConfig(variant="NagMHA", curvature=curvature, block_size=donor.config.block_size, **shared)
+    config, weights = checkpoint.surgery(asked, asdict(donor.config), donor.state_dict())
+    new = GPT(config).eval()
+    new.load_state_dict(weights, strict=False)
+    assert "beta" in config.learned
+    torch.testing.assert_close(new(idx, idx)[0], donor(idx, idx)[0], rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="nothing undoes its"):
+        checkpoint.surgery(GPTConfig(variant="NagMHA", block_size=donor.config.block_size), asdict(donor.config), {})
+    with pytest.raises(UserError, match="extra tables"):
+        checkpoint.surgery(asked, asdict(tiny("EmbedControl").config), {})
+
+
 def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path):
     """With the reason; and a system takes its own weights."""
     for choices, words in (
