@@ -6,8 +6,8 @@ PYTEST = $(BIN)/python -m pytest -n logical
 demo: .venv/core
 	$(BIN)/python prepare.py pydoc
 	$(BIN)/python train.py config/demo.toml
-	$(BIN)/python -m experiments.plot out/demo --out out/demo/loss.png
-	$(BIN)/python sample.py --out_dir=out/demo --start="The following functions" --max_new_tokens=400
+	$(BIN)/python -m experiments.plot NagMHA=out/demo "MHA, stored=results/demo_mha.jsonl" --out out/demo/loss.png
+	$(BIN)/python sample.py --out_dir=out/demo --start="The following functions" --temperature=0.5 --max_new_tokens=400
 
 test: .venv/dev
 	$(PYTEST) -m "not slow"

@@ -68,7 +68,7 @@ VARIANTS = {
     "EmbedControl": dict(source="ours, [Gai] calls for it", velocity_init="embed"),
     "CEM": dict(source="[Xu]", backbone="llama", tied=True),
     "CEM+": dict(source="[Xu]", backbone="llama", tied=True, diagonal=True, precond_rank=8, inner_steps=2),
-    "LoopNagMHA": dict(source="[Ren] asks", momentum="nesterov", beta=0.9, n_loop=4),
+    "LoopNagMHA": dict(source="[Ren] asks", momentum="nesterov", beta=0.5, n_loop=4),
 }
 # The numbers of MHA; of every other choice MHA has the first.
 NUMBERS = dict(beta=0.5, gamma=1.0, mu=None, eta=1.0, tau=1.0, learned="", delta=1.0, precond_rank=0, inner_steps=1,
@@ -419,7 +419,7 @@ class TiedAttention(Tied):
 
         return self.descend(x, gradient)
 
-    def project(self, x, which, past):
+    def project(self, x, which, past=0):
         """Queries (0) or keys (1), (B, nh, T, hs); the diagonal's x_i^T diag(a) x_j is a product too and makes it hs + C."""
         heads = self.c_attn.map(which, x).unflatten(2, (self.config.n_head, -1)).transpose(1, 2)
         if self.config.backbone == "llama":

@@ -813,7 +813,7 @@ GOLDEN = {
     "EmbedControl": (3.8869, 3.6016, 3.4048),
     "CEM": (3.8953, 3.6045, 3.3968),
     "CEM+": (3.8955, 3.6496, 3.4538),
-    "LoopNagMHA": (3.8941, 3.8017, 3.7311),
+    "LoopNagMHA": (3.9033, 3.8147, 3.8421),
 }
 
 
@@ -842,11 +842,11 @@ def test_golden_losses(variant):
     assert training_losses(variant) == pytest.approx(GOLDEN[variant], abs=2e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_in_bfloat16_are_those_in_float32(variant):
+@every_system
+def test_gradients_in_bfloat16_are_those_in_float32(system):
     """To 3%, through twelve layers, as they start."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(variant, n_layer=12, n_head=2, n_embd=64, block_size=64, vocab_size=50))
+    model = GPT(GPTConfig(**system, n_layer=12, n_head=2, n_embd=64, block_size=64, vocab_size=50))
     idx, grads = tokens(model, B=1), []
     for short in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=short):
@@ -980,7 +980,7 @@ def test_attention_drops_weights(choice):
     attn = tiny(dropout=0.9, **choice).transformer.h[0].attn.train()
     attn.resid_dropout.p = 0.0
     x = torch.randn(1, 9, 16)
-    assert torch.allclose(attn(x), attn(x)) == (choice.get("energy") in ("linear", "gated_linear"))
+    assert torch.allclose(attn(x), attn(x)) != (hasattr(attn, "attend") or attn.config.tied)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

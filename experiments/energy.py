@@ -116,41 +116,40 @@ def table(energies):
 
 
 def draw(energies, found, config, title):
-    """The figure. The linear energies have no attention weights, and theirs is the left column only."""
+    """The figure, with panels for what there is: linear energies have no attention weights, and some systems no scalars."""
     entropy, attention, narrow = energies["entropy"], energies["attention"], energies["attention"] is None
-    fig = plt.figure(figsize=(4.5 if narrow else 10, 5.6))
+    rows = 1 + (not narrow) + bool(found)
+    fig = plt.figure(figsize=(4.5 if narrow else 10, 1.6 + 1.6 * rows))
     fig.suptitle(title, fontsize=11, weight="bold")
     left, right = (fig, None) if narrow else fig.subfigures(1, 2, width_ratios=(2, 3))
-    a, b, c = left.subplots(3, sharex=True)
+    panels = iter(left.subplots(rows, sharex=True, squeeze=False)[:, 0])
 
-    a.set_title("(a) free energy of the queries", fontsize=10)
-    a.set_ylabel("(units of q·k)²" if narrow else "units of q·k")
-    draw_heads(a, energies["before"], color="C0", lw=3, label="before attention's step")
-    draw_heads(a, energies["after"], color="C1", lw=1.2, label="after it")
-    a.margins(y=0.2)
-    a.legend(frameon=False, fontsize=7, ncols=2)
+    ax = next(panels)
+    ax.set_title("free energy of the queries", fontsize=10)
+    ax.set_ylabel("(units of q·k)²" if narrow else "units of q·k")
+    draw_heads(ax, energies["before"], color="C0", lw=3, label="before attention's step")
+    draw_heads(ax, energies["after"], color="C1", lw=1.2, label="after it")
+    ax.margins(y=0.2)
+    ax.legend(frameon=False, fontsize=7, ncols=2)
 
-    b.set_title("(b) entropy of attention" + (not narrow) * " (dashed: uniform)", fontsize=10)
-    b.set_ylabel("nats")
-    if narrow:
-        draw_nothing(b, f"not defined for energy={config.energy}")
-    else:
-        draw_heads(b, entropy, color="C0", lw=2)
+    if not narrow:
+        ax = next(panels)
+        ax.set_title("entropy of attention (dashed: uniform)", fontsize=10)
+        ax.set_ylabel("nats")
+        draw_heads(ax, entropy, color="C0", lw=2)
         T = attention.size(2)
         uniform = math.lgamma(T + 1) / T  # the mean of log 1, ..., log T: each position sees one key more
-        b.axhline(uniform, color="C3", ls="--", lw=1)
-        b.set_ylim(0, 1.15 * uniform)
+        ax.axhline(uniform, color="C3", ls="--", lw=1)
+        ax.set_ylim(0, 1.15 * uniform)
         draw_attention(right, attention)
-
-    c.set_title("(c) learned scalars", fontsize=10)
-    c.set_xlabel("layer" if config.n_loop == 1 else f"layer ({config.n_loop} rounds of {config.n_layer})")
-    c.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    c.set_xlim(-0.3, len(energies["before"]) - 0.7)
     if found:
-        draw_scalars(c, found, config.n_embd)
-        c.legend(frameon=False, fontsize=7, ncols=3, columnspacing=1, loc="upper center", bbox_to_anchor=(0.5, -0.4))
-    else:
-        draw_nothing(c, "no learned scalars")
+        ax = next(panels)
+        ax.set_title("learned scalars", fontsize=10)
+        draw_scalars(ax, found, config.n_embd)
+        ax.legend(frameon=False, fontsize=7, ncols=3, columnspacing=1, loc="upper center", bbox_to_anchor=(0.5, -0.4))
+    ax.set_xlabel("layer" if config.n_loop == 1 else f"layer ({config.n_loop} rounds of {config.n_layer})")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set_xlim(-0.3, len(energies["before"]) - 0.7)
     return fig
 
 
@@ -158,12 +157,6 @@ def draw_heads(ax, values, color, **style):
     """values, (layers, nh), by layer: a thin line a head, and their mean."""
     ax.plot(values, lw=0.6, alpha=0.4, color=color)
     ax.plot(values.mean(1), marker="o", ms=2 + style["lw"], color=color, **style)
-
-
-def draw_nothing(ax, why):
-    ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes)
-    ax.set_yticks([])
-    ax.grid(False)
 
 
 def draw_scalars(ax, found, width):
@@ -186,7 +179,7 @@ def draw_attention(fig, attention):
     for i, j in np.ndindex(axes.shape):
         image = axes[i, j].imshow(np.ma.array(p[i, j], mask=future), norm=norm, cmap="cividis", interpolation="nearest")
         axes[i, j].set_title(f"layer {layers[i]}, head {j}", fontsize=8)
-    fig.suptitle("(d) attention weights in the first sequence", fontsize=10)
+    fig.suptitle("attention weights in the first sequence", fontsize=10)
     fig.supxlabel("position of the key", fontsize=9)
     fig.supylabel("position of the query", fontsize=9)
     fig.colorbar(image, ax=axes, shrink=0.6, aspect=30, extend="max", label="weight")

@@ -27,7 +27,7 @@ from conftest import REVERSIBLE, ROOT, SHARED, TINY, assert_same_tensors, fit, f
 from data import get_tokenizer
 from experiments import plot
 from guard import UserError
-from model import GPT, VARIANTS, GPTConfig
+from model import ENERGIES, GPT, VARIANTS, GPTConfig
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -653,12 +653,22 @@ def test_configs(path):
     assert sum(model.count_parameters().values()) / 1e6 == pytest.approx(float(stated[1]), abs=0.06)
 
 
+def test_the_demos_baseline_is_of_its_recipe():
+    """The stored curve of MHA, which make demo draws beside its own: steps, rates and tokens of config/demo.toml."""
+    cfg = parse(train.Config, [str(ROOT / "config" / "demo.toml")])
+    records = plot.read_metrics(str(ROOT / "results" / "demo_mha.jsonl"))
+    assert records[-1]["step"] == cfg.max_iters and "val_loss" in records[-1]
+    for r in (r for r in records if "lr" in r):
+        assert r["lr"] == pytest.approx(train.learning_rate(r["step"], cfg))
+        assert r["tokens"] == (r["step"] + 1) * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+
+
 def test_help_names_every_knob():
     """With a default and a meaning, and the values of a choice."""
     text = run("train.py", "--help")
     for name in train.Config.__dataclass_fields__:
         assert re.search(rf"^  {name}=\S* +\S", text, re.MULTILINE), name
-    assert re.search(r"^  energy=None .* \(softmax, linear, gated_linear, huber\)$", text, re.MULTILINE)
+    assert re.search(rf"^  energy=None .* \({', '.join(ENERGIES)}\)$", text, re.MULTILINE)
     assert re.search(r"^  optimizer=adamw .* \(adamw, muon\)$", text, re.MULTILINE)
 
 
@@ -679,7 +689,7 @@ def test_plot(trained, tmp_path):
 @pytest.mark.slow
 @needs("tinyshakespeare", "tinystories-sample", "glue", "hellaswag", "ai2_arc", "tiktoken_cache")
 def test_readme_commands(tmp_path):
-    """Every command of the README's code blocks runs as written, on tiny models and budgets."""
+    """Every command of the README, docs/ and experiments/README.md runs as written, on tiny models and budgets."""
     shutil.copy(SHARED / "tinyshakespeare" / "input.txt", tmp_path)
     for name in ("config", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -696,13 +706,14 @@ def test_readme_commands(tmp_path):
     extra |= {"toy": "--steps=10 --seeds=1", "sharpness": "--batches=1 --probes=2 --iterations=2"}
     extra |= {"bars": "starting --rounds=1 --margin=1e9"}
     extra |= {"bench": "--variants MHA --n_layer=1 --n_embd=12 --block_size=16 --rounds=1"}
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "README.md"]
+    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
     commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     assert len(commands) > 12
     env = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1",
                             TIKTOKEN_CACHE_DIR=str(SHARED / "tiktoken_cache"))  # fmt: skip
     for command in commands:
-        if not command.startswith("make"):
+        if not command.startswith(("make", "git", "TIKTOKEN_CACHE_DIR")):  # the last two want a network, or a card
             for word, here in {"nnodes=2": "nnodes=1", "nproc_per_node=8": "nproc_per_node=1", "HOST": "localhost"}.items():
                 command = command.replace(word, here)
             command += "".join(f" {more}" for word, more in extra.items() if word in command)
