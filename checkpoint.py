@@ -1,6 +1,6 @@
 """
 Checkpoints: a run's tensors and plain values, saved whole or not at all and loaded without running any code in them;
-and surgery, which turns a trained MHA into another system without changing its function.
+and surgery, which gives a trained model momentum or curvature without changing its function.
 """
 
 import contextlib
@@ -205,10 +205,13 @@ def resumed(path, cfg, data, made_with):
     with fitting(path):
         differs, run, config = differences(state, cfg, data), Progress.of(state), GPTConfig(**state["model_config"])
         changed = [f"{k} {v}, now {made_with[k]}" for k, v in state["made_with"].items() if v != made_with[k]]
-    if state.get("order", 1) != ORDER:
+        other = "which read the text in another order" if state.get("order", 1) != ORDER else ""
+        if state["config"]["optimizer"] == "muon" and "stacked" not in state["optimizers"][-1]["param_groups"][0]:
+            other = "whose Muon took q, k and v for one matrix"
+    if other:
         raise UserError(
-            f"{path} is of another version of train.py, which read the text in another order, and cannot be resumed: begin a "
-            f"new run with its weights, by --init_from={path} and another --out_dir"
+            f"{path} is of another version of train.py, {other}, and cannot be resumed: begin a new run with its weights, by "
+            f"--init_from={path} and another --out_dir"
         )
     if differs:
         raise UserError(f"{path} has {'; '.join(differs)}: resume with the run's own configuration and data")
@@ -280,7 +283,10 @@ def surgery(config, donor, weights):
             raise UserError(f"momentum={config.momentum} cannot start as {donor['variant']}: take polyak or nesterov")
         if config.momentum != "none":
             learned, starts = (learned | {"beta"}) - {"mu"}, starts | dict(beta=0.0, gamma=1.0, mu=None, eta=1.0)
-        return replace(config, **sizes, **starts, learned=" ".join(sorted(learned))), weights
+        started = replace(config, **sizes, **starts, learned=" ".join(sorted(learned)))
+        if started.mu is not None:
+            raise UserError(f"{config.variant} looks ahead by mu={started.mu}, also at beta=0: take --variant=NagMHA")
+        return started, weights
     except ValueError as error:
         raise UserError(f"{config.variant} cannot take the weights of {donor['variant']}: {error}") from None
 

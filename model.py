@@ -107,7 +107,7 @@ class GPTConfig:
     learned: str | None = None  # which of "beta gamma mu eta tau" each layer learns, tau for every head; the others stay fixed
     delta: float | None = None  # huber: distance, in units of sqrt(hs), beyond which a key's pull is constant
     precond_rank: int | None = None  # tied: rank of the learned preconditioner; 0: none
-    inner_steps: int | None = None  # tied: attention steps in a layer, on the same keys
+    inner_steps: int | None = None  # tied: steps that each sublayer takes, on the same keys and gate
     implicit_steps: int | None = None  # nesterov: fixed-point iterations towards the implicit step; 1: the look-ahead alone
     n_loop: int | None = None  # times that the stack of blocks is applied
 

@@ -54,6 +54,7 @@ SYSTEMS = {name: dict(variant=name) for name in VARIANTS} | {
     if isinstance(value, str) and all(getattr(GPTConfig(variant=name), axis) != value for name in VARIANTS)
 }
 every_system = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
+every_backbone = pytest.mark.parametrize("backbone", AXES["backbone"])
 
 
 def tiny(variant="MHA", **choices):
@@ -238,7 +239,7 @@ def test_huber_attention_is_a_gradient_step(delta, near):
     torch.testing.assert_close(pull, step, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backbone", AXES["backbone"])
+@every_backbone
 @pytest.mark.parametrize("choices", [{}, dict(diagonal=True), dict(diagonal=True, precond_rank=3, inner_steps=3)], ids=str)
 def test_cem_attention_descends_its_energy(backbone, choices):
     attn = tiny("CEM", backbone=backbone, bias=False, **choices).double().transformer.h[0].attn
@@ -246,7 +247,7 @@ def test_cem_attention_descends_its_energy(backbone, choices):
     torch.testing.assert_close(attn(x), cem_attention(attn, x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backbone", AXES["backbone"])
+@every_backbone
 @pytest.mark.parametrize("choices", [{}, dict(precond_rank=3, inner_steps=3)], ids=str)
 def test_cem_mlp_descends_its_energy(backbone, choices):
     mlp = tiny("CEM", backbone=backbone, **choices).double().transformer.h[0].mlp
@@ -597,9 +598,9 @@ def test_dense_with_the_powers_of_beta_is_momenmha(on):
 
 
 def test_one_loop_is_no_loop_and_four_are_a_stack_of_four():
-    once = tiny("NagMHA")
+    once = tiny("NagMHA", beta=0.5)
     same_function(once, tiny("LoopNagMHA", n_loop=1))
-    deep, looped = tiny("NagMHA", n_layer=12), tiny("LoopNagMHA")
+    deep, looped = tiny("NagMHA", beta=0.5, n_layer=12), tiny("LoopNagMHA")
     for i, block in enumerate(deep.transformer.h):
         block.load_state_dict(looped.transformer.h[i % 3].state_dict())
     same_function(looped, deep)
@@ -728,10 +729,11 @@ def test_initialisation_is_gpt2s():
 
 
 @every_system
+@every_backbone
 @pytest.mark.parametrize("T", [1, 7, 12])
-def test_each_position_depends_on_itself_and_the_past_only(system, T):
+def test_each_position_depends_on_itself_and_the_past_only(system, backbone, T):
     """By the gradient of each position's logits in the embeddings: NaN-free, zero after it and not before."""
-    model = tiny(**system)
+    model = tiny(**system | dict(backbone=backbone))
     idx = tokens(model, B=1, T=T)
     embedding = model.transformer.wte(idx).detach().requires_grad_()
     model.transformer.wte.register_forward_hook(lambda *a: embedding)
@@ -974,11 +976,12 @@ def test_linear_attention_in_float16_does_not_overflow():
     assert o.isfinite().all() and S.isfinite().all()
 
 
-@pytest.mark.parametrize("choice", [dict(energy=name) for name in ENERGIES] + [dict(curvature=name) for name in CURVATURES])
+@pytest.mark.parametrize("choice", [dict(energy=name) for name in ENERGIES] + [dict(curvature=name) for name in CURVATURES]
+                         + [dict(tied=True)])  # fmt: skip
 def test_attention_drops_weights(choice):
     """Beside the dropout of the residual stream, wherever attention sums weights and not a state."""
     attn = tiny(dropout=0.9, **choice).transformer.h[0].attn.train()
-    attn.resid_dropout.p = 0.0
+    (attn.dropout if attn.config.tied else attn.resid_dropout).p = 0.0
     x = torch.randn(1, 9, 16)
     assert torch.allclose(attn(x), attn(x)) != (hasattr(attn, "attend") or attn.config.tied)
 
@@ -998,9 +1001,10 @@ def test_embedding_is_torchs(compiled):
 
 
 @every_system
-def test_cached_text_is_uncached_text(system):
+@every_backbone
+def test_cached_text_is_uncached_text(system, backbone):
     """Greedy continuation past block_size, against a full forward pass for each token."""
-    model = tiny(**system)
+    model = tiny(**system | dict(backbone=backbone)).double()
     idx = tokens(model, T=3)
     cached = model.generate(idx, 14, temperature=0)
     for _ in range(14):

@@ -3,7 +3,7 @@ Train a GPT whose layers are optimizer steps. Knobs come from TOML files and --k
 
     python train.py config/demo.toml
     python train.py config/demo.toml --variant=MHA --out_dir=out/mha
-    torchrun --standalone --nproc_per_node=2 train.py config/demo.toml
+    torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --batch_size=4 --gradient_accumulation_steps=2
 
 It reads data/DATASET (see prepare.py) and writes out_dir/ckpt.pt, the latest state, out_dir/best.pt, the state of least
 validation loss, and out_dir/metrics.jsonl, a JSON object a line. Batches and dropout are functions of the seed, the
@@ -101,11 +101,12 @@ def model_config(cfg, **others):
 
 
 class Muon(torch.optim.Muon):
-    """torch's, with an update for each matrix that a parameter stacks, as c_attn does q, k and v. `stacked`: their numbers."""
+    """torch's, but each of the matrices that a parameter stacks, as c_attn does q, k and v, has its own update (`stacked`)."""
 
     def _init_group(self, group, params, *others):
         super()._init_group(group, params, *others)
-        numbers = [self.stacked.get(p, 1) for p in params]
+        stacked = dict(zip(group["params"], group["stacked"], strict=True))
+        numbers = [stacked[p] for p in params]
         for tensors in (params, *others):  # the gradients and momenta: parts of a tensor are views of it
             tensors[:] = [part for t, n in zip(tensors, numbers, strict=True) for part in t.chunk(n)]
 
@@ -127,10 +128,13 @@ def optimizers(model, cfg, device):
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), fused=device != "mps")
     if not hidden:
         return [adamw]
+    parts, hidden = (
+        {m.weight: m.n for m in model.modules() if isinstance(m, Stacked)},
+        [p for p in model.parameters() if p in hidden],
+    )
+    group = dict(params=hidden, stacked=[parts.get(p, 1) for p in hidden], peak=1.0)
     # matched in size to AdamW's updates, so that one learning rate serves both
-    muon = Muon([p for p in model.parameters() if p in hidden], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-    muon.stacked = {m.weight: m.n for m in model.modules() if isinstance(m, Stacked)}
-    muon.param_groups[0]["peak"] = 1.0
+    muon = Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 

@@ -70,7 +70,7 @@ def matched(cfg, other):
         return min(widths[max(0, i - 1) : i + 1], key=lambda width: abs(size(width) - n))
 
     even = nearest(8 * cfg.n_head)
-    return even if abs(size(even) / n - 1) < 0.01 else nearest(cfg.n_head)
+    return even if abs(size(even) / n - 1) < 0.01 else nearest(cfg.n_head * (2 if cfg.backbone == "llama" else 1))
 
 
 def command_of(system, common):
@@ -90,13 +90,14 @@ def tokens_per_step(cfg):
 def progress(folder, cfg):
     """
     Steps that folder's checkpoint has of just this run; None if it has none or is another's. A knob that train.py did not
-    have when it was written counts as at its default, and init_from as asked for if the run was resumed.
+    have when it was written counts as what it did then, and init_from as asked for if the run was resumed.
     """
     path = os.path.join(folder, "ckpt.pt")
     if not os.path.exists(path):
         return None
     state = checkpoint.load(path)
-    there = asdict(train.Config(variant=cfg.variant)) | state["config"]
+    meant = {name: value for name, value in state["model_config"].items() if name not in ("vocab_size", *state["config"])}
+    there = asdict(train.Config(variant=cfg.variant)) | meant | state["config"]
     if there["init_from"] == "resume":
         there["init_from"] = cfg.init_from
     return state["step"] if there == asdict(cfg) else None
@@ -148,24 +149,26 @@ def spike(records):
     return max((loss / statistics.mean(losses[i - 10 : i]) for i, loss in enumerate(losses) if i >= 10), default=float("nan"))
 
 
-def read_run(command):
-    """What the table and the figure need of a finished run, as plain values."""
+def read_run(command, tokens_per_second=None):
+    """What the table and the figure need of a finished run, as plain values; its speed is its own if none is given."""
     cfg = parse(train.Config, command)
     records, path = read_metrics(cfg.out_dir), os.path.join(cfg.out_dir, "ckpt.pt")
     state = checkpoint.load(path)
     config = GPTConfig(**state["model_config"])
-    validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+    validation, fast = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r], tokens_per_second or speed(records)
     if diverged(cfg.out_dir):
         validation.append((cfg.max_iters, math.inf))
     return state.get("made_with", {}) | dict(
         command=shlex.join(["python", "train.py", *command]),
         date=datetime.date.fromtimestamp(os.path.getmtime(path)).isoformat(),
         steps=cfg.max_iters,
-        per_step=dict(steps=1, tokens=tokens_per_step(cfg), seconds=tokens_per_step(cfg) / speed(records)),
+        per_step=dict(steps=1, tokens=tokens_per_step(cfg), seconds=tokens_per_step(cfg) / fast),
         tokens_per_second=speed(records),
         memory_gb=max(r["memory_gb"] for r in records if "memory_gb" in r),
         spike=spike(records),
         n_embd=config.n_embd,
+        backbone=config.backbone,
+        qk_norm=config.qk_norm,
         parameters=count(config),
         training=[(r["step"], r["train_loss"]) for r in records if "train_loss" in r],
         validation=validation,
@@ -186,6 +189,11 @@ def oracle_calls(config):
                 oracle.register_forward_hook(lambda *_: asked.append(config.inner_steps))
         model(torch.zeros(1, 1, dtype=torch.long))
     return sum(asked)
+
+
+def lost(runs):
+    """Whether one of them diverged: then there is no mean."""
+    return math.inf in final(runs)
 
 
 def curve(runs, kind, unit, base=None):
@@ -227,6 +235,8 @@ def paired(losses, base):
     if len(losses) == 1:
         return mean, None, None
     test = ttest_rel(losses, base)
+    if math.isnan(test.pvalue):  # all losses are the same
+        return mean, None, None
     return mean, tuple(map(float, test.confidence_interval(0.95))), float(test.pvalue)
 
 
@@ -260,13 +270,14 @@ def report(data):
     against = {name: paired(final(s["runs"]), final(of_base)) for name, s in systems.items() if name != base}
     corrected = holm({name: p for name, (_, _, p) in against.items()})
     head = f"system|loss|minus {base}'s|p|tokens|oracle calls|seconds|{unit} to {base}'s loss|GB|spike|embedding|layers|scalars"
-    rows = []
+    rows, backbones = [], {run["backbone"] for s in systems.values() for run in s["runs"]}
     for name, s in systems.items():
         runs, (difference, interval, _) = s["runs"], against.get(name, (None, None, None))
-        at = reach(curve(runs, "validation", unit), curve(of_base, "validation", unit)[-1][1])
+        at = None if lost(runs) else reach(curve(runs, "validation", unit), curve(of_base, "validation", unit)[-1][1])
         tokens = runs[0]["steps"] * runs[0]["per_step"]["tokens"]
         rows.append([
-            name + f", width {runs[0]['n_embd']}" * ("--match" in name) + (f", rate {s['rate']}" if tuned else ""),
+            name + f", {runs[0]['backbone']}" * (len(backbones) > 1) + f", width {runs[0]['n_embd']}" * ("--match" in name)
+            + f", rate {s['rate']}" * tuned,
             mean_sd(final(runs)),
             "" if difference is None else f"{difference:+.4f}" + (" [{:+.4f}, {:+.4f}]".format(*interval) if interval else ""),
             "" if corrected.get(name) is None else f"{corrected[name]:.2g}",
@@ -280,8 +291,10 @@ def report(data):
         f"`{data['command']}`\n\n"
         f"Validation loss in nats per token of {cfg['dataset']} after {budget:,.0f} {unit} of training, over seeds "
         f"{', '.join(map(str, data['seeds']))}.\n{cfg['n_layer']} layers, width {cfg['n_embd']}, context {cfg['block_size']}, "
-        f"{of_base[0]['per_step']['tokens']:,} tokens per step, optimizer {cfg['optimizer']}, backbone {cfg['backbone']}, "
-        f"qk_norm {cfg['qk_norm']}.\n\n" + markdown(head.split("|"), rows) + NOTES.format(base=base, n=len(data["seeds"]))
+        f"{of_base[0]['per_step']['tokens']:,} tokens per step, optimizer {cfg['optimizer']}, backbone "
+        f"{' or '.join(sorted(backbones))}, qk_norm {' or '.join(sorted({str(run['qk_norm']) for run in every}))}.\n\n"
+        + markdown(head.split("|"), rows)
+        + NOTES.format(base=base, n=len(data["seeds"]))
     )
     if tuned:
         rates = [*first["tuning"]]
@@ -295,7 +308,7 @@ def report(data):
 def draw(data, path):
     """Validation loss of every system, and what it is beyond the first system's, which shows what the curves hide."""
     fig, (ax, beside) = new_figure(2)
-    unit, systems = data["budget"][0], {name: s["runs"] for name, s in data["systems"].items()}
+    unit, systems = data["budget"][0], {name: s["runs"] for name, s in data["systems"].items() if not lost(s["runs"])}
     of_base, base = next(iter(systems.values())), next(iter(systems))
     enlarge_end(ax, {name: curve(runs, "validation", unit) for name, runs in systems.items()})
     ax.set(xlabel=f"{unit} of training", ylabel="nats per token", title="validation loss")
@@ -335,17 +348,18 @@ def tune(commands, folder, args):
     work = {}
     for system, command in commands.items():
         cfg = parse(train.Config, command)
-        steps, warmup = (max(least, round(args.tuning_share * n)) for least, n in ((1, cfg.max_iters), (0, cfg.warmup_iters)))
+        parts = dict(max_iters=cfg.max_iters, warmup_iters=cfg.warmup_iters, lr_decay_iters=cfg.lr_decay_iters)
+        parts = {knob: n and max(1, round(args.tuning_share * n)) for knob, n in parts.items()}
         for rate in args.learning_rates or []:
             out_dir = folder(system, f"rate={rate}", "tuning")
-            work[system, rate] = [*with_rate(command, rate), f"--max_iters={steps}", "--lr_decay_iters=None",
-                                  f"--warmup_iters={warmup}", f"--seed={args.tuning_seed}", f"--out_dir={out_dir}"]  # fmt: skip
+            work[system, rate] = [*with_rate(command, rate), *(f"--{knob}={n}" for knob, n in parts.items()),
+                                  f"--seed={args.tuning_seed}", f"--out_dir={out_dir}", "--overwrite=True"]  # fmt: skip
     run_all({parse(train.Config, command).out_dir: command for command in work.values()}, args.jobs)
     tried = {system: {} for system in commands}
     for (system, rate), command in work.items():
         tried[system][rate] = final([read_run(command)])[0]
-    if lost := [system for system, losses in tried.items() if losses and min(losses.values()) == math.inf]:
-        raise UserError(f"{', '.join(lost)} diverged at every learning rate: lower them")
+    if failed := [system for system, losses in tried.items() if losses and min(losses.values()) == math.inf]:
+        raise UserError(f"{', '.join(failed)} diverged at every learning rate: lower them")
     return tried
 
 
@@ -374,6 +388,10 @@ def main(arguments):
     value, unit = next(((v, u) for u in UNITS if (v := getattr(args, u)) is not None), (None, "steps"))
     if value is not None and value <= 0:
         raise UserError(f"--{unit} {value:g} must be positive")
+    if not 0 < args.tuning_share <= 1:
+        raise UserError(f"--tuning_share {args.tuning_share:g} must lie above 0 and be at most 1")
+    if len({*args.seeds}) < len(args.seeds):
+        raise UserError(f"--seeds {shlex.join(map(str, args.seeds))}: a seed that comes twice is no second run")
     if args.learning_rates and args.tuning_seed in args.seeds:
         raise UserError(f"--tuning_seed {args.tuning_seed} is one of --seeds: what is reported must not choose the rates")
     commands = {system: command_of(system, [args.config, *shared]) for system in args.systems}
@@ -381,7 +399,14 @@ def main(arguments):
         raise UserError("the systems evaluate on different windows: let eval_iters * batch_size be the same for all")
     for command, rate in itertools.product(commands.values(), args.learning_rates or []):  # what is wrong is said at once
         parse(train.Config, with_rate(command, rate))
-    short = ["--max_iters=20", "--warmup_iters=0", "--eval_interval=20", "--eval_iters=1", "--log_interval=4"]
+    short = [
+        "--max_iters=20",
+        "--warmup_iters=0",
+        "--eval_interval=20",
+        "--eval_iters=1",
+        "--log_interval=4",
+        "--overwrite=True",
+    ]
     timed = {folder(s, "timed"): [*command, *short, f"--out_dir={folder(s, 'timed')}"] for s, command in commands.items()}
     if unit == "seconds" or not args.untimed:
         run_all(timed, 1)
@@ -395,6 +420,10 @@ def main(arguments):
             out_dir = folder(system, str(seed))
             work[out_dir] = [*with_rate(command, best[system]), f"--seed={seed}", f"--out_dir={out_dir}"]
     run_all(work, args.jobs)
+
+    alone = {s: None if args.untimed else speed(read_metrics(folder(s, "timed"))) for s in commands}
+    if lost([read_run(work[folder(args.systems[0], str(seed))]) for seed in args.seeds]):
+        raise UserError(f"{args.systems[0]}, with which the others are compared, diverged: lower its learning rate")
 
     # the results
     first = parse(train.Config, next(iter(work.values())))
@@ -410,8 +439,8 @@ def main(arguments):
                 rate=best[system],
                 tuning={str(rate): loss for rate, loss in tried[system].items()},
                 oracle_calls=oracle_calls(train.model_config(parse(train.Config, command), vocab_size=257)),
-                tokens_per_second=None if args.untimed else speed(read_metrics(folder(system, "timed"))),
-                runs=[read_run(work[folder(system, str(seed))]) for seed in args.seeds],
+                tokens_per_second=alone[system],
+                runs=[read_run(work[folder(system, str(seed))], alone[system]) for seed in args.seeds],
             )
             for system, command in commands.items()
         },

@@ -79,8 +79,8 @@ def draw(paths, out):
         for points, line in lines:
             line.set_data(*points[: layers + 1].T)
 
-    FuncAnimation(fig, after, [*range(LAYERS + 1), *[LAYERS] * 4]).save(out, PillowWriter(fps=2), dpi=100)
-    print(out)
+    frames = [*range(LAYERS + 1), *[LAYERS] * 4]  # the last stays a while
+    save(FuncAnimation(fig, after, frames), out, PillowWriter(fps=2))
 
 
 def main(arguments):

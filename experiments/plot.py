@@ -28,7 +28,9 @@ def read_metrics(path):
         with open(path) as file:
             return [json.loads(line) for line in file]
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give the out_dir of a run of train.py") from None
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; give the out_dir of a run of train.py, or LABEL=out_dir"
+        ) from None
     except json.JSONDecodeError:
         raise UserError(f"{path} is not a metrics.jsonl of train.py") from None
 
@@ -59,13 +61,13 @@ def enlarge_end(ax, curves, share=0.3):
     ax.indicate_inset_zoom(inset, edgecolor="black", alpha=0.4)
 
 
-def save(fig, path):
-    """Write the figure and say where. Raises UserError."""
+def save(figure, path, *how):
+    """Write a figure, or an animation in some way, and say where. Raises UserError."""
     try:
-        fig.savefig(path)
+        (figure.save if how else figure.savefig)(path, *how)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
-    plt.close(fig)
+    plt.close("all")
     print(path)
 
 

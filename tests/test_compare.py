@@ -65,6 +65,7 @@ def test_paired():
     assert compare.paired([3.0, 5.0], [2.0, 2.0])[2] == pytest.approx(1 - 2 / math.pi * math.atan(2 / 1))
     assert compare.paired([1.0], [2.0]) == (-1, None, None)
     assert compare.paired([1.0, math.inf], [2.0, 2.0]) == (None, None, None)
+    assert compare.paired([1.0, 2.0], [1.0, 2.0]) == (0, None, None)
 
 
 def test_holm():
@@ -108,8 +109,9 @@ def test_spike():
     assert math.isnan(compare.spike(records))
 
 
+@pytest.mark.parametrize("backbone, even", [("gpt2", 1), ("llama", 2)])
 @pytest.mark.parametrize("other", ["YuriiFormer --n_layer=3", "CEM+", "MHA --n_embd=48", "LinearMHA --n_layer=1 --n_embd=6"])
-def test_match_is_the_nearest_of_all_widths(other, flags):
+def test_match_is_the_nearest_of_all_widths(other, backbone, even, flags):
     """Against models that are built, for every width; heads of 8, 16, ... where one of them comes within a per cent."""
     common = ["empty.toml", *flags, "--n_head=3", "--n_embd=24", "--vocab_size=101"]
 
@@ -118,11 +120,11 @@ def test_match_is_the_nearest_of_all_widths(other, flags):
         config = GPTConfig(**{k: getattr(cfg, k) for k in asdict(GPTConfig())})
         return sum(p.numel() for p in GPT(config).parameters())
 
-    command = compare.command_of(f"MHA --match='{other}'", common)
+    command = compare.command_of(f"MHA --backbone={backbone} --match='{other}'", common)
     wanted = size(compare.command_of(other, common))
-    off = {width: abs(size([*command, f"--n_embd={width}"]) / wanted - 1) for width in range(3, 160, 3)}
-    even = min(range(24, 160, 24), key=off.get)
-    assert command[-1] == f"--n_embd={even if off[even] < 0.01 else min(off, key=off.get)}"
+    off = {width: abs(size([*command, f"--n_embd={width}"]) / wanted - 1) for width in range(3 * even, 160, 3 * even)}
+    fast = min(range(24, 160, 24), key=off.get)
+    assert command[-1] == f"--n_embd={fast if off[fast] < 0.01 else min(off, key=off.get)}"
 
 
 def test_which_runs_are_finished(flags, tmp_path):
@@ -206,6 +208,8 @@ def test_what_is_refused(flags):
     assert "did you mean NagMHA" in refused("--systems", "MHA", "NagMH")
     assert "did you mean NagMHA" in refused("--systems", "MHA --match=NagMH")
     assert "learning_rate=-1.0 must be positive" in refused("--systems", "MHA", "--learning_rates", "-1")
+    assert "--tuning_share 25 must lie above 0" in refused("--systems", "MHA", "--tuning_share", "25")
+    assert "--seeds 3 3: a seed that comes twice" in refused("--systems", "MHA", "--seeds", "3", "3")
     assert "--tuning_seed 2 is one of --seeds" in refused("--systems", "MHA", "--learning_rates", "1", "--tuning_seed", "2")
 
 
@@ -273,6 +277,11 @@ def test_a_rate_at_which_runs_diverge(flags, monkeypatch):
     """It is the worst, is shown as such and isn't run again."""
     command = ["d", "--config=empty.toml", "--seeds", "1", "--systems", "MHA", "--learning_rates", "1e30", "0.01", "--", *flags]
     compare.main(command)
+    systems = ["MHA", "NagMHA --learning_rate=1e30"]
+    compare.main(["e", "--untimed", "--config=empty.toml", "--seeds", "1", "2", "--systems", *systems, "--", *flags])
+    assert "| NagMHA --learning_rate=1e30 | diverged |  |  |" in result("e")[1]
+    with pytest.raises(UserError, match="NagMHA .*1e30, with which the others are compared, diverged"):
+        compare.main(["e", "--untimed", "--config=empty.toml", "--seeds", "1", "2", "--systems", *systems[::-1], "--", *flags])
     data, table = result("d")
     assert data["systems"]["MHA"]["rate"] == 0.01 and "| 1e+30 | diverged |" in table
     monkeypatch.setattr(compare.subprocess, "run", None)

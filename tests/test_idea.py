@@ -5,6 +5,7 @@ import torch
 
 from conftest import run
 from experiments import idea
+from guard import UserError
 
 
 def gradient(q):
@@ -35,6 +36,12 @@ def test_attention_that_is_no_gradient_step_is_noticed(monkeypatch):
     monkeypatch.setattr(idea, "K", idea.K * torch.tensor([1.0, 1.1]))  # keys of several norms
     with pytest.raises(AssertionError):
         idea.assert_gradient(idea.path("MHA"))
+
+
+def test_where_no_picture_can_be_written(tmp_path):
+    for name in "idea.png", "idea.gif":
+        with pytest.raises(UserError, match="cannot write .*; choose another --out"):
+            idea.main(["--out", str(tmp_path / "missing" / name)])
 
 
 def test_pictures(tmp_path):

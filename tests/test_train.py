@@ -413,11 +413,22 @@ def test_surgery_on_other_systems(shared):
         checkpoint.surgery(asked, asdict(tiny("EmbedControl").config), {})
 
 
+def test_a_checkpoint_of_the_older_muon_is_not_resumed(data, tmp_path):
+    """Its momenta have the same shapes and mean another update."""
+    fit(data, tmp_path, max_iters=2, optimizer="muon")
+    state = checkpoint.load(tmp_path / "ckpt.pt")
+    del state["optimizers"][-1]["param_groups"][0]["stacked"]
+    checkpoint.save(tmp_path, state, best=False)
+    with pytest.raises(UserError, match="whose Muon took q, k and v for one matrix, and cannot be resumed"):
+        fit(data, tmp_path, max_iters=4, optimizer="muon", init_from="resume")
+
+
 def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path):
     """With the reason; and a system takes its own weights."""
     for choices, words in (
         (dict(variant="YuriiFormer"), "cannot start as MHA"),
         (dict(variant="LinearMHA"), "cannot start as MHA"),
+        (dict(variant="YuriiFormer", velocity_init="zero", velocity_norm=False), "looks ahead by mu=0.9, also at beta=0"),
         (dict(block_size=64), "32 positions"),
     ):
         with pytest.raises(UserError, match=words):
