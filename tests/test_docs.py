@@ -55,6 +55,14 @@ def test_links(path):
             assert anchor in slugs(there), f"[{text}]({target}): no such heading"
 
 
+def test_every_result_is_linked():
+    """No file lies in results/ that no document speaks of."""
+    linked = {
+        (path.parent / target.partition("#")[0]).resolve() for path in DOCUMENTS for _, target in LINK.findall(prose(path))
+    }
+    assert {path for path in ROOT.glob("results/**/*.*")} <= linked | {ROOT / "results" / "README.md"}
+
+
 @each_document
 def test_names_of_tests(path):
     """A test that a document names is there."""
