@@ -92,7 +92,9 @@ class GPTConfig:
     curvature: Literal["none", *CURVATURES] | None = None  # how its gradient is preconditioned
     momentum: Literal[*RULES] | None = None  # how the iterate moves
     momentum_on: Literal[*MOVED] | None = None  # the oracles that the velocity sums
-    splitting: Literal[*SPLITTINGS] | None = None  # the steps of a layer: on attention and MLP in turn, on both, or A/2, M, A/2
+    splitting: Literal[*SPLITTINGS] | None = (
+        None  # attention, then MLP; both from one point; or half of attention, MLP, half of attention
+    )
     velocity_init: Literal["zero", "embed"] | None = None  # the velocity before the first layer; embed: tables of its own
     velocity_norm: bool | None = None  # a LayerNorm on the velocity, at every step
     tied: bool | None = None  # values are the keys, output projections are transposed input projections
@@ -101,10 +103,10 @@ class GPTConfig:
     reversible: bool | None = None  # rebuild activations in the backward pass instead of storing them
     beta: float | None = None  # velocity kept from one step to the next, in [0, 1)
     gamma: float | None = None  # weight of the oracle in the velocity, positive
-    mu: float | None = None  # nesterov: how far to look ahead along the velocity; else eta beta
+    mu: float | None = None  # nesterov: how far to look ahead along the velocity; None: eta beta
     eta: float | None = None  # length of the step along the velocity, positive
     tau: float | None = None  # newton, light: how much of the correction is added; 1: the whole step, 0: none
-    learned: str | None = None  # which of "beta gamma mu eta tau" each layer learns, tau for every head; the others stay fixed
+    learned: str | None = None  # which of "beta gamma mu eta tau" are learned, in each step of each layer, tau for each head
     delta: float | None = None  # huber: distance, in units of sqrt(hs), beyond which a key's pull is constant
     precond_rank: int | None = None  # tied: rank of the learned preconditioner; 0: none
     inner_steps: int | None = None  # tied: steps that each sublayer takes, on the same keys and gate

@@ -8,7 +8,7 @@ Train a GPT whose layers are optimizer steps. Knobs come from TOML files and --k
 It reads data/DATASET (see prepare.py) and writes out_dir/ckpt.pt, the latest state, out_dir/best.pt, the state of least
 validation loss, and out_dir/metrics.jsonl, a JSON object a line. Batches and dropout are functions of the seed, the
 step and the process alone, so a run that is stopped and resumed (--init_from=resume) becomes what it would have been.
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop it after the step in progress, with a checkpoint.
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP stop it after the step in progress, with a checkpoint.
 
 The loop is train(), at the end of this file. What a run reports, saves and refuses is in log.py, checkpoint.py and guard.py.
 """
@@ -55,7 +55,7 @@ class Config(GPTConfig):
     logger_project: str = "nanodescent"  # the project there
     logger_name: str = ""  # the run's name there; none: out_dir
     on_spike: Literal["report", "stop"] = "report"  # when the loss is over twice its running mean 3 steps in a row
-    verify: bool = False  # check the sha256 of all shards before the first step, not of a sample
+    verify: bool = False  # check the sha256 of all shards before the first step; False: of a sample of large data
     # the batch
     batch_size: int = 12  # sequences in a micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes
@@ -70,7 +70,7 @@ class Config(GPTConfig):
     decay_lr: bool = True  # warm up and then decay by a cosine; otherwise the rate is constant
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int | None = None  # step at which the rate is down to min_lr; None: max_iters
-    min_lr: float = 6e-5  # lowest rate
+    min_lr: float = 6e-5  # rate at the end of the cosine
     # the machine
     device: str = "auto"  # cuda, cuda:1, cpu, mps; auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the hardware has it
