@@ -92,9 +92,7 @@ class GPTConfig:
     curvature: Literal["none", *CURVATURES] | None = None  # how its gradient is preconditioned
     momentum: Literal[*RULES] | None = None  # how the iterate moves
     momentum_on: Literal[*MOVED] | None = None  # the oracles that the velocity sums
-    splitting: Literal[*SPLITTINGS] | None = (
-        None  # attention, then MLP; both from one point; or half of attention, MLP, half of attention
-    )
+    splitting: Literal[*SPLITTINGS] | None = None  # attention, then MLP; both at one point; half attention, MLP, half attention
     velocity_init: Literal["zero", "embed"] | None = None  # the velocity before the first layer; embed: tables of its own
     velocity_norm: bool | None = None  # a LayerNorm on the velocity, at every step
     tied: bool | None = None  # values are the keys, output projections are transposed input projections
