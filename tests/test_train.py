@@ -714,6 +714,7 @@ def test_readme_commands(tmp_path):
         "compare": f"-- {small}",
     }
     extra |= {"glue": f"--source={SHARED / 'glue'} --limit=64 --epochs=1 --tasks rte", "evaluate": f"--data={SHARED} --limit=2"}
+    extra |= {"--max_tokens=14000000": "--overwrite"}  # the same data set at another size
     extra |= {"toy": "--steps=10 --seeds=1", "sharpness": "--batches=1 --probes=2 --iterations=2"}
     extra |= {"bars": "starting --rounds=1 --margin=1e9"}
     extra |= {"bench": "--variants MHA --n_layer=1 --n_embd=12 --block_size=16 --rounds=1"}
