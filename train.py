@@ -128,11 +128,9 @@ def optimizers(model, cfg, device):
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), fused=device != "mps")
     if not hidden:
         return [adamw]
-    parts, hidden = (
-        {m.weight: m.n for m in model.modules() if isinstance(m, Stacked)},
-        [p for p in model.parameters() if p in hidden],
-    )
-    group = dict(params=hidden, stacked=[parts.get(p, 1) for p in hidden], peak=1.0)
+    hidden = [p for p in model.parameters() if p in hidden]
+    numbers = {m.weight: m.n for m in model.modules() if isinstance(m, Stacked)}
+    group = dict(params=hidden, stacked=[numbers.get(p, 1) for p in hidden], peak=1.0)
     # matched in size to AdamW's updates, so that one learning rate serves both
     muon = Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]

@@ -374,7 +374,7 @@ def main(arguments):
     budget = parser.add_mutually_exclusive_group()
     for unit in UNITS:
         budget.add_argument(f"--{unit}", type=float, help=f"{unit} of training, the same for every system")
-    parser.add_argument("--learning_rates", nargs="+", type=float, help="rates of which each system takes its best")
+    parser.add_argument("--learning_rates", nargs="+", type=float, help="rates to try: each system then runs at its best one")
     parser.add_argument("--tuning_seed", type=int, default=0, help="the seed on which the rates are compared")
     parser.add_argument("--tuning_share", type=float, default=0.25, help="of the budget, for each run that compares rates")
     parser.add_argument("--untimed", action="store_true", help="leave out the steps that measure speed, and the seconds")
