@@ -607,7 +607,18 @@ class Dense(nn.Module):
         return x, v
 
 
-RULES = dict(none=Gradient, polyak=Polyak, nesterov=Nesterov, adam=Adam, dense=Dense)
+class Sums(Gradient):
+    """
+    x <- x + eta (1 + beta + ... + beta^(n-1-i)) g_i(x)    control for MomenMHA, derived: the i-th of the momentum's n steps
+    weighs as much as its direction does in all of Polyak's steps, and there is no velocity.
+    """
+
+    def __init__(self, config, n_oracles, before, weight):
+        n = config.n_layer * sum(asked in MOVED[config.momentum_on] for asked in SPLITTINGS[config.splitting])
+        super().__init__(config, n_oracles, before, weight * config.eta * sum(config.beta**m for m in range(n - before)))
+
+
+RULES = dict(none=Gradient, polyak=Polyak, nesterov=Nesterov, adam=Adam, dense=Dense, sums=Sums)
 # the steps of a layer, by what each asks: A attention, M the MLP. What strang takes twice has half the weight each time
 SPLITTINGS = dict(lie_trotter=("A", "M"), euler=("AM",), strang=("A", "M", "A"))
 MOVED = dict(attention=("A",), both=("A", "M", "AM"))  # the steps that the momentum's rule takes; the others are Gradient's
@@ -913,7 +924,7 @@ NEEDS = [  # choices, what they need, and why
     (dict(curvature={*CURVATURES}), dict(energy="softmax"), "is derived for the softmax energy"),
     (dict(tied={True}), dict(energy="softmax", curvature="none", qk_norm=False), "descends the energy of x itself"),
     (dict(splitting={"euler"}, momentum=MOVING), dict(momentum_on="both"), "moves attention and MLP in one step"),
-    (dict(momentum={"dense"}), dict(n_loop=1), "learns a weight for each pair of layers, not of rounds"),
+    (dict(momentum={"dense", "sums"}), dict(n_loop=1), "has weights for layers, not for rounds"),
     (dict(reversible={True}),
      dict(momentum="polyak", momentum_on="both", splitting="lie_trotter", velocity_norm=False, dropout=0),
      "inverts polyak's steps and computes each twice"),

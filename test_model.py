@@ -423,6 +423,7 @@ EQUATIONS = dict(
         nesterov=nesterov,
         adam=adam,
         dense=dense,
+        sums=lambda rule, x, v, g, i, n: (x + rule.weight * g(x), v),
     ),
     momentum_on=dict(attention=lambda asked, A: asked == [A], both=lambda asked, A: True),  # whether a step is the momentum's
     splitting=dict(lie_trotter=lambda A, M: [[A], [M]], euler=lambda A, M: [[A, M]], strang=lambda A, M: [[A], [M], [A]]),
@@ -595,6 +596,20 @@ def test_dense_with_the_powers_of_beta_is_momenmha(on):
         for rule in [r for r in b.rules if hasattr(r, "w")]:
             rule.w.raw.data = 0.8 * 0.6 ** torch.arange(len(rule.w.raw) - 1, -1, -1.0)
     same_function(dense, tiny("MomenMHA", momentum_on=on, beta=0.6, eta=0.8))
+
+
+@pytest.mark.parametrize("choices", [dict(), dict(momentum_on="both"), dict(momentum_on="both", splitting="strang")], ids=str)
+def test_sums_go_as_far_as_momentum_along_given_directions(choices):
+    """Where no direction depends on the iterate, the two end in one place."""
+    ends = []
+    for momentum in ("polyak", "sums"):
+        blocks = tiny(momentum=momentum, beta=0.6, eta=0.8, **choices).transformer.h
+        rules = [rule for block in blocks for rule in block.rules]
+        x, v = torch.zeros(2, len(rules))
+        for rule, direction in zip(rules, torch.eye(len(rules)), strict=True):
+            x, v = rule(x, v, lambda _, g=direction: g)
+        ends.append(x.detach())
+    torch.testing.assert_close(*ends)
 
 
 def test_one_loop_is_no_loop_and_four_are_a_stack_of_four():
@@ -906,8 +921,8 @@ def legal(draw):
              curvature=pick(energy == "softmax" and not tied, "none", "newton", "light"),
              diagonal=pick(tied, False, True), precond_rank=pick(tied, 0, 2), inner_steps=pick(tied, 1, 3),
              momentum_on=pick(momentum != "none", "attention", "both"), implicit_steps=pick(momentum == "nesterov", 1, 2),
-             velocity_init=pick(momentum != "dense", "zero", "embed"), velocity_norm=pick(velocity, False, True),
-             learned=pick(velocity, "", eta, f"beta {eta}"), n_loop=pick(momentum != "dense", 1, 2))  # fmt: skip
+             velocity_init=pick(velocity or momentum == "none", "zero", "embed"), velocity_norm=pick(velocity, False, True),
+             learned=pick(velocity, "", eta, f"beta {eta}"), n_loop=pick(momentum not in ("dense", "sums"), 1, 2))  # fmt: skip
     c["learned"] += pick(c["curvature"] != "none", "", " tau")
     both = momentum == "none" or c["momentum_on"] == "both"
     c["splitting"] = pick(both, draw(st.sampled_from(["lie_trotter", "strang"])), "euler")
@@ -1083,6 +1098,7 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(delta=3.0), "belongs to energy=huber"),
         (dict(momentum="dense", velocity_init="embed"), "velocity_init='zero'"),
         (dict(momentum="dense", n_loop=2), "n_loop=1"),
+        (dict(momentum="sums", n_loop=2), "n_loop=1"),
         (dict(momentum="polyak", splitting="euler"), "momentum_on=both"),
         (dict(momentum="polyak", implicit_steps=2), "implicit_steps=2 belongs to momentum=nesterov"),
         (dict(momentum="adam", eta=0.5), "eta=0.5 belongs to momentum="),

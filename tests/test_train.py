@@ -255,8 +255,9 @@ def test_optimizer_groups_cover_every_parameter_once():
     ("Llama", {"attn.c_attn.weight": 3, "mlp.c_fc.weight": 2}),
     ("CEM", {"attn.c_attn.weight": 2, "mlp.c_fc.weight": 2}),
 ])  # fmt: skip
-def test_muon_updates_each_stacked_matrix_by_itself(variant, stacked):
+def test_muon_updates_each_stacked_matrix_by_itself(variant, stacked, monkeypatch):
     """As torch's Muon updates the same matrices in parameters of their own."""
+    monkeypatch.setattr(train, "short_dtype", lambda kind: "bfloat16")  # as torch's, on any processor
     model, cfg = tiny(variant), parse(train.Config, ["--optimizer=muon"])
     matrices = {name: p for name, p in model.transformer.h[0].named_parameters() if p.dim() == 2}
     apart = {name: [part.detach().clone() for part in p.chunk(stacked.get(name, 1))] for name, p in matrices.items()}
@@ -271,6 +272,20 @@ def test_muon_updates_each_stacked_matrix_by_itself(variant, stacked):
         muon.step(), reference.step()
     for name, p in matrices.items():
         torch.testing.assert_close(p.detach(), torch.cat(apart[name]))
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)], ids=str)
+def test_muon_multiplies_in_float32_where_bfloat16_is_slow(shape, monkeypatch):
+    """Its step is then -0.2 sqrt(larger side) U f(S) V^T to float32's precision, f the polynomial five times."""
+    monkeypatch.setattr(train, "short_dtype", lambda kind: "float32")
+    p, gradient = torch.nn.Parameter(torch.zeros(shape)), torch.randn(shape)
+    p.grad = gradient.clone()
+    train.Muon([dict(params=[p], stacked=[1])], lr=1.0).step()
+    U, S, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    S = S / S.norm()
+    for _ in range(5):
+        S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+    torch.testing.assert_close(p.detach().double(), -0.2 * 24**0.5 * U @ S.diag() @ Vh, rtol=1e-4, atol=1e-5)
 
 
 def test_learning_rate_schedule():
