@@ -1,10 +1,10 @@
-"""experiments.idea: the paths against plain loops over the gradient, and that they show what the README says."""
+"""experiments.idea and pictures: paths against plain loops over the gradient, and that they show what the texts say."""
 
 import pytest
 import torch
 
 from conftest import run
-from experiments import idea
+from experiments import idea, pictures
 from guard import UserError
 
 
@@ -50,3 +50,50 @@ def test_pictures(tmp_path):
         run("-m", "experiments.idea", "--out", tmp_path / name)
         data = (tmp_path / name).read_bytes()
         assert data.startswith(start) and 50_000 < len(data) < 1_000_000
+
+
+def test_look_ahead_asks_where_the_velocity_leads():
+    x, v, ends = pictures.look_ahead()
+    torch.testing.assert_close(ends["polyak"], x + 0.9 * v - gradient(x))
+    torch.testing.assert_close(ends["nesterov"], x + 0.9 * v - gradient(x + 0.9 * v))
+    assert idea.free_energy(ends["nesterov"]) < idea.free_energy(ends["polyak"])
+
+
+def test_splittings_ask_in_their_orders():
+    x, swirl = torch.tensor([1.0, -1.9]).double(), pictures.swirl
+    ends = {splitting: pictures.split(splitting, x)[0][-1] for splitting in ("lie_trotter", "euler", "strang")}
+    torch.testing.assert_close(ends["euler"], x - gradient(x) + swirl(x))
+    y = x - gradient(x)
+    torch.testing.assert_close(ends["lie_trotter"], y + swirl(y))
+    y = x - gradient(x) / 2
+    y = y + swirl(y)
+    torch.testing.assert_close(ends["strang"], y - gradient(y) / 2)
+    far = {splitting: float((end - pictures.flow(x)[-1]).norm()) for splitting, end in ends.items()}
+    assert far["strang"] < min(far["euler"], far["lie_trotter"])
+
+
+def test_tau_moves_weight_from_the_first_key():
+    """And MHA2nd1st's weights can fall below zero, which those of LightMHA2nd1st, a softmax, cannot."""
+    of = {attend: [pictures.weights(attend, torch.tensor(tau).double()) for tau in (0.0, 0.5, 1.0)]
+          for attend in (pictures.newton_attention, pictures.light_attention)}  # fmt: skip
+    for ws in of.values():
+        torch.testing.assert_close(torch.stack(ws).sum(1), torch.ones(3).double())
+        assert ws[0][0] > ws[1][0] > ws[2][0] and (ws[0].diff() <= 0).all()
+    newton, light = ([float(w.min()) for w in ws] for ws in of.values())
+    assert newton[2] < 0 < min(light)
+
+
+def test_steps_are_undone_up_to_rounding():
+    errors = {}
+    for dtype in (torch.float32, torch.float64):
+        there, back = pictures.there_and_back(0.5, dtype)
+        assert (there[0] - there[-1]).norm() > 3
+        errors[dtype] = float((there - back).norm(dim=1).max())
+    assert errors[torch.float64] < 1e-9 < 1e-4 < errors[torch.float32]
+
+
+def test_pictures_of_learn(tmp_path):
+    pictures.main(["--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {f"learn_{name}.png" for name in pictures.PICTURES}
+    with pytest.raises(UserError, match="cannot write .*; choose another --out"):
+        pictures.main(["--out", str(tmp_path / "missing")])
