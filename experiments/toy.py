@@ -1,16 +1,19 @@
 """
-Two toy problems in minutes on a CPU, and how large the gradients are that each layer's attention gets.
+Three toy problems in minutes on a CPU, and how large the gradients are that each layer's attention gets.
 
     python prepare.py lis
     python -m experiments.toy --systems MHA MomenMHA NagMHA DenseMHA --seeds 1 2 3 --steps 600 --out results/toy
-    python -m experiments.toy --systems MHA "MomenMHA --beta=0.8" --no_mlp --out results/toy_no_mlp
+    python -m experiments.toy --problems gaussian_process --systems Llama CEM CEM+ --out results/gaussian_process
 
 regression: x_1, y_1, ..., x_n, y_n with y = w.x + noise and a fresh w in each sequence; every y is predicted from the
-examples before it, in mean squared error. lis: the lengths of longest increasing subsequences (prepare.py lis), trained on
-all tokens, judged by the lengths. MomenMHA unrolls to a weighted DenseNet over the attentions' outputs ([Ren], arXiv
-2511.00907); whether these implicit skips pass larger gradients to early layers is read off the norms of the loss
-gradient in the attention parameters of each layer, means over all steps. Curves and norms go to --out.png, tables to
---out.md, numbers to --out.json; a problem, system and seed that stands there isn't run again.
+examples before it, in mean squared error. gaussian_process: the same with y = f(x) + noise, x of 10 dimensions and f a fresh
+draw of a Gaussian process, in root mean squared error ([Xu]'s synthetic task; kernel, noise and sizes are ours). lis: the
+lengths of longest increasing subsequences (prepare.py lis), trained on all tokens, judged by the lengths.
+
+MomenMHA unrolls to a weighted DenseNet over the attentions' outputs ([Ren], arXiv 2511.00907); whether these implicit skips
+pass larger gradients to early layers is read off the norms of the loss gradient in the attention parameters of each layer,
+means over all steps. Curves and norms go to --out.png, tables to --out.md, numbers to --out.json; a problem, system and seed
+that stands there isn't run again.
 """
 
 import math
@@ -36,7 +39,7 @@ from guard import UserError, cli
 from model import GPT
 from train import Config, learning_rate, model_config, optimizers, set_rate
 
-D, EXAMPLES, NOISE, SEQUENCES = 2, 8, 0.1, 32  # of regression: dimension of x, (x, y) in a sequence, sd of the noise, batch
+SEQUENCES, NOISE = 32, 0.1  # of the regressions: sequences in a batch, standard deviation of the noise
 BLOCK_SIZE, WINDOWS = 128, 4  # of lis: tokens in a window, windows in a batch
 END, EQUALS, ZERO, NINE = 256, *b"=09"
 
@@ -45,25 +48,45 @@ class Regression:
     """In-context linear regression. Tokens are vectors: (x, 0) and (0, y); linear maps stand for the token tables."""
 
     title, loss, name = "in-context regression", "mean squared error", "regression"
-    sizes = dict(block_size=2 * EXAMPLES, vocab_size=1)
+    known = "the posterior mean"
+    D, EXAMPLES = 2, 8  # dimension of x, pairs (x, y) in a sequence
 
     def __init__(self, data_dir, device):
-        self.device = device
+        self.device, self.sizes = device, dict(block_size=2 * self.EXAMPLES, vocab_size=1)
         self.held_out = self.examples(16 * SEQUENCES, seed=-1)
-        self.reference = ridge(*self.held_out).mean().item()
+        self.least = self.posterior(*self.held_out)
+        self.reference = self.summary(self.least)["loss"]
+
+    def kernel(self, x):
+        """The covariance of f at the points of each sequence, (n, EXAMPLES, EXAMPLES): here of w.x, w of variance 1 / D."""
+        return x @ x.mT / self.D
+
+    def values(self, x, generator):
+        """f(x), (n, EXAMPLES, 1), a fresh f in each sequence."""
+        w = torch.randn(len(x), 1, self.D, generator=generator)
+        return (x * w).sum(2, keepdim=True) / math.sqrt(self.D)
 
     def examples(self, n, seed):
         """x: (n, EXAMPLES, D), standard normal, and y: (n, EXAMPLES, 1), of variance 1 plus the noise's."""
         generator = torch.Generator().manual_seed(seed)
-        x, w = (torch.randn(n, m, D, generator=generator) for m in (EXAMPLES, 1))
-        y = (x * w).sum(2, keepdim=True) / math.sqrt(D) + NOISE * torch.randn(n, EXAMPLES, 1, generator=generator)
+        x = torch.randn(n, self.EXAMPLES, self.D, generator=generator)
+        y = self.values(x, generator) + NOISE * torch.randn(n, self.EXAMPLES, 1, generator=generator)
         return x.to(self.device), y.to(self.device)
+
+    def posterior(self, x, y):
+        """
+        Squared errors, (EXAMPLES,), of the best predictor there is, the posterior mean of f(x_i) given the examples before.
+        With L L^T the covariance of y the i-th error is L_ii (L^-1 y)_i (derived). In float64, in which L exists.
+        """
+        x, y = x.cpu().double(), y.cpu().double()
+        L = torch.linalg.cholesky(self.kernel(x) + NOISE**2 * torch.eye(x.size(1)).double())
+        return (L.diagonal(dim1=1, dim2=2) * torch.linalg.solve_triangular(L, y, upper=False)[..., 0]).square().mean(0)
 
     def fit(self, model):
         """A GPT with read-in and read-out in place of its tables and head."""
         C = model.config.n_embd
         for table in {"wte", "vte"} & {*model.transformer}:
-            model.transformer[table] = nn.Linear(D + 1, C)
+            model.transformer[table] = nn.Linear(self.D + 1, C)
         model.lm_head = nn.Linear(C, 1)
 
     def batch(self, seed, step):
@@ -74,42 +97,60 @@ class Regression:
 
     def errors(self, model, x, y):
         """Squared errors, (B, EXAMPLES), the i-th with i examples in the context."""
-        tokens = torch.stack((F.pad(x, (0, 1)), F.pad(y, (D, 0))), 2).flatten(1, 2)
+        tokens = torch.stack((F.pad(x, (0, 1)), F.pad(y, (self.D, 0))), 2).flatten(1, 2)
         return (model.lm_head(model.hidden(tokens))[:, ::2] - y).square().squeeze(2)
 
     def evaluate(self, model):
-        by_examples = self.errors(model, *self.held_out).mean(0).tolist()
-        return dict(loss=statistics.mean(by_examples), by_examples=by_examples)
+        return self.summary(self.errors(model, *self.held_out).mean(0))
+
+    def summary(self, squared):
+        """What is reported of mean squared errors, (EXAMPLES,)."""
+        return dict(loss=squared.mean().item(), by_examples=squared.tolist())
 
     def draw(self, ax, runs, colors):
         for system, seeds in runs.items():
-            band(ax, range(EXAMPLES), [r["evaluations"][-1]["by_examples"] for r in seeds], colors[system])
-        ax.plot(ridge(*self.held_out), color="black", ls="--", lw=1)
-        ax.set(xlabel="examples in the context", ylabel="final mean squared error", yscale="log")
+            band(ax, range(self.EXAMPLES), [r["evaluations"][-1]["by_examples"] for r in seeds], colors[system])
+        ax.plot(self.summary(self.least)["by_examples"], color="black", ls="--", lw=1)
+        ax.set(xlabel="examples in the context", ylabel=f"final {self.loss}", yscale="log")
 
     def columns(self):
         """What the table tells beside the loss: heads, and where the numbers stand in an evaluation."""
-        return {f"{i} examples": lambda e, i=i: e["by_examples"][i] for i in (0, 1, D, EXAMPLES - 1)}
+        at = (0, 1, self.D, self.EXAMPLES - 1)
+        return {f"{i} examples": lambda e, i=i: e["by_examples"][i] for i in at}
+
+    def describe(self):
+        least = self.summary(self.least)["by_examples"]
+        return (
+            f"{self.name}: x of dimension {self.D}, {self.EXAMPLES} examples in a sequence, {SEQUENCES} sequences per step, "
+            f"noise of standard deviation {NOISE}. Predicting 0 has a mean squared error of {1 + NOISE**2:.2f}. The posterior "
+            f"mean, the best there is, has a {self.loss} of {self.reference:.3f}, with {self.EXAMPLES - 1} examples "
+            f"{least[-1]:.3f}."
+        )
 
 
-def ridge(x, y):
-    """
-    Squared errors, (EXAMPLES,), of the best predictor there is: the posterior mean of w given the first i examples, i = 0,
-    1, ..., which is ridge regression with NOISE^2 over w's variance 1 / D as its weight (derived).
-    """
-    x, y = x.cpu().double(), y.cpu().double()  # in float32 the matrix of one example can be singular
-    errors, eye = [], D * NOISE**2 * torch.eye(D, dtype=x.dtype)
-    for i in range(x.size(1)):
-        X, Y = x[:, :i], y[:, :i]
-        w = torch.linalg.solve(X.mT @ X + eye, X.mT @ Y)
-        errors.append((x[:, i : i + 1] @ w - y[:, i : i + 1]).square().mean())
-    return torch.stack(errors)
+class GaussianProcess(Regression):
+    """In-context regression on draws of a Gaussian process with the kernel exp(-|x - x'|^2 / (2 D))."""
+
+    title, loss, name = "Gaussian processes", "root mean squared error", "gaussian_process"
+    D, EXAMPLES = 10, 32
+
+    def kernel(self, x):
+        return torch.exp(-torch.cdist(x, x).square() / (2 * self.D))
+
+    def values(self, x, generator):
+        K = self.kernel(x.double()) + 1e-9 * torch.eye(x.size(1)).double()  # two points may almost be one
+        z = torch.randn(len(x), x.size(1), 1, generator=generator)
+        return (torch.linalg.cholesky(K) @ z.double()).float()
+
+    def summary(self, squared):
+        return dict(loss=squared.mean().sqrt().item(), by_examples=squared.sqrt().tolist())
 
 
 class LIS:
     """Prefix longest increasing subsequences, as bytes."""
 
     title, loss, name = "longest increasing subsequence", "loss (nats per digit of a length)", "lis"
+    known = "the length before"
     sizes = dict(block_size=BLOCK_SIZE, vocab_size=END + 1)
 
     def __init__(self, data_dir, device):
@@ -152,6 +193,15 @@ class LIS:
 
     def columns(self):
         return dict(accuracy=lambda e: e["accuracy"])
+
+    def describe(self):
+        return (
+            f"lis: {WINDOWS} windows of {BLOCK_SIZE} bytes per step; loss and accuracy of the digits of the lengths. Repeating "
+            f"the length before has an accuracy of {self.repeating():.3f}."
+        )
+
+
+PROBLEMS = {problem.name: problem for problem in (Regression, GaussianProcess, LIS)}
 
 
 def lengths(x, y):
@@ -218,7 +268,7 @@ def band(ax, x, curves, color, **style):
 
 def draw(problems, results, title):
     """A row a problem: loss by step, the problem's own panel, gradient norm by layer. results: {problem: {system: [run]}}."""
-    fig, axes = plt.subplots(2, 3, figsize=(10, 6))
+    fig, axes = plt.subplots(len(problems), 3, figsize=(10, 0.5 + 2.75 * len(problems)), squeeze=False)
     fig.suptitle(title, fontsize=10)
     for problem, (a, b, c) in zip(problems, axes, strict=True):
         runs = results[problem.name]
@@ -229,11 +279,9 @@ def draw(problems, results, title):
             norms = [r["gradient_norms"] for r in seeds]
             band(c, range(len(norms[0])), norms, colors[system])
         if problem.reference is not None:
-            a.axhline(
-                problem.reference, color="black", ls="--", lw=1, label="ridge regression (top), the length before (bottom)"
-            )
+            a.axhline(problem.reference, color="black", ls="--", lw=1)
         a.set(xlabel="training step", ylabel=problem.loss)
-        a.set_title(problem.title, fontsize=10)
+        a.set_title(f"{problem.title} (dashed: {problem.known})", fontsize=10)
         problem.draw(b, runs, colors)
         c.set(xlabel="layer", ylabel="gradient norm of attention", xticks=range(len(norms[0])), ylim=0)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
@@ -258,6 +306,7 @@ def main(arguments):
     parser = parser_with(__doc__, seeds=[1, 2, 3], data_dir="data", device="auto")
     parser.add_argument("--systems", nargs="+", default=["MHA", "MomenMHA", "NagMHA", "DenseMHA"],
                         help='variants, or "VARIANT --override=value"')  # fmt: skip
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["regression", "lis"])
     parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--n_embd", type=int, default=32, help="width; there are 4 layers of 4 heads")
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="highest rate")
@@ -268,7 +317,7 @@ def main(arguments):
         raise UserError(f"--steps {args.steps} must be at least 10")
     device = pick_device(args.device)
     configs = {(system, seed): configure(system, args, seed) for system in args.systems for seed in args.seeds}
-    problems = [problem(args.data_dir, device) for problem in (Regression, LIS)]
+    problems = [PROBLEMS[name](args.data_dir, device) for name in args.problems]
 
     known = Records(f"{args.out}.json")
     results = {problem.name: {system: [] for system in args.systems} for problem in problems}
@@ -292,15 +341,8 @@ def main(arguments):
         f"{', the MLPs taken out' * args.no_mlp}; {made(every)}; "
         f"{minutes:.1f} minutes in all. Gradient norm: of the loss in the attention parameters of a layer, before clipping, "
         "mean over all steps.",
-        f"Regression: x of dimension {D}, {EXAMPLES} examples in a sequence, {SEQUENCES} sequences a step, noise of standard "
-        f"deviation {NOISE}. Predicting 0 has an error of {1 + NOISE**2:.2f}, ridge regression, the best there is, one of "
-        f"{problems[0].reference:.3f}, with {EXAMPLES - 1} examples {ridge(*problems[0].held_out)[-1]:.3f}.",
-        table(problems[0], results["regression"]),
-        f"lis: {WINDOWS} windows of {BLOCK_SIZE} bytes a step; loss and accuracy of the digits of the lengths. Repeating the "
-        f"length before has an accuracy of {problems[1].repeating():.3f}.",
-        table(problems[1], results["lis"]),
+        *(part for problem in problems for part in (problem.describe(), table(problem, results[problem.name]))),
         f"![Losses and gradient norms]({os.path.basename(args.out)}.png)",
-        "Dashed: ridge regression; repeating the length before.",
     ])  # fmt: skip
     write(f"{args.out}.md", text + "\n")
     print(text)

@@ -30,18 +30,35 @@ def test_noiseless_regression_is_solved_by_least_squares(monkeypatch):
     w = torch.linalg.lstsq(x, y).solution
     assert (x @ w - y).abs().max() < 1e-3  # one w for all examples of a sequence
     assert y.var().item() == pytest.approx(1, rel=0.1) and not w[0].allclose(w[1])
-    errors = toy.ridge(x, y)  # exact, once there are as many examples as unknowns, unless a sequence is nearly degenerate
+    # exact, once there are as many examples as unknowns, unless a sequence is nearly degenerate
+    errors = toy.Regression(None, "cpu").posterior(x, y)
     assert errors[0] == pytest.approx(y[:, 0].square().mean().item()) and errors[-1] < 1e-6
-    assert (errors[: toy.D] > 0.05).all()
+    assert (errors[: toy.Regression.D] > 0.05).all()
 
 
 def test_ridge_is_that_of_a_library_and_the_best(monkeypatch):
     Ridge = pytest.importorskip("sklearn.linear_model").Ridge
-    x, y = (t.double() for t in toy.Regression(None, "cpu").examples(40, seed=0))
-    fits = [Ridge(alpha=toy.D * toy.NOISE**2, fit_intercept=False).fit(a[:5], b[:5]).predict(a[5:6]) for a, b in
+    problem = toy.Regression(None, "cpu")
+    x, y = (t.double() for t in problem.examples(40, seed=0))
+    fits = [Ridge(alpha=problem.D * toy.NOISE**2, fit_intercept=False).fit(a[:5], b[:5]).predict(a[5:6]) for a, b in
             zip(x.numpy(), y.squeeze(2).numpy(), strict=True)]  # fmt: skip
     expected = ((np.concatenate(fits) - y[:, 5, 0].numpy()) ** 2).mean()
-    assert toy.ridge(x, y)[5].item() == pytest.approx(expected, rel=1e-9)
+    assert problem.posterior(x, y)[5].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_posterior_of_a_gaussian_process_is_that_of_a_library():
+    """And its draws have the kernel's covariance."""
+    library = pytest.importorskip("sklearn.gaussian_process")
+    problem = toy.GaussianProcess(None, "cpu")
+    x, y = (t.double() for t in problem.examples(8, seed=0))
+    regressor = library.GaussianProcessRegressor(library.kernels.RBF(problem.D**0.5), alpha=toy.NOISE**2, optimizer=None)
+    for i in (1, 10, 31):
+        means = [regressor.fit(a[:i], b[:i]).predict(a[i : i + 1]).item() for a, b in zip(x.numpy(), y.numpy(), strict=True)]
+        expected = ((np.array(means) - y[:, i, 0].numpy()) ** 2).mean()
+        assert problem.posterior(x, y)[i].item() == pytest.approx(expected, rel=1e-6)
+    draws = problem.values(x[:1].float().expand(4000, -1, -1), torch.Generator().manual_seed(0))[..., 0]
+    torch.testing.assert_close(draws.T.cov().double(), problem.kernel(x[:1])[0], rtol=0, atol=0.1)
+    assert problem.reference == pytest.approx(problem.posterior(*problem.held_out).mean().item() ** 0.5)
 
 
 def test_a_regression_sees_the_examples_before(data):
@@ -54,7 +71,7 @@ def test_a_regression_sees_the_examples_before(data):
     moved_x[:, 3] += 1
     moved_y[:, 3] += 1
     before, by_x, by_y = (problem.errors(model, *xy).detach() for xy in ((x, y), (moved_x, y), (x, moved_y)))
-    assert before.shape == (2, toy.EXAMPLES)
+    assert before.shape == (2, problem.EXAMPLES)
     for after in by_x, by_y:
         assert torch.equal(after[:, :3], before[:, :3]) and (after[:, 3:] != before[:, 3:]).all()
     # what y adds to its own error is that of the target alone
@@ -62,7 +79,7 @@ def test_a_regression_sees_the_examples_before(data):
     assert all(any(abs((y[i, 3, 0] + 1 - p[i]) ** 2 - by_y[i, 3]) < 1e-4 for p in prediction) for i in range(2))
 
 
-@pytest.mark.parametrize("problem", [toy.Regression, toy.LIS])
+@pytest.mark.parametrize("problem", toy.PROBLEMS.values())
 def test_batches_are_a_function_of_seed_and_step(data, problem):
     a, b = problem(data, "cpu"), problem(data, "cpu")
     a.batch(1, 0)
@@ -99,7 +116,7 @@ def test_every_variant_takes_vectors(data, variant):
     model = toy.build(problem, toy.configure(variant, args, 1), True, "cpu")
     problem.training_loss(model, *problem.batch(1, 0)).backward()
     read_in = model.transformer.wte.weight
-    assert read_in.shape == (16, toy.D + 1) and (read_in.grad != 0).any(0).all() and model.lm_head.weight.shape == (1, 16)
+    assert read_in.shape == (16, problem.D + 1) and (read_in.grad != 0).any(0).all() and model.lm_head.weight.shape == (1, 16)
 
 
 def test_gradient_norms_are_autograds(data, monkeypatch):
@@ -114,8 +131,8 @@ def test_gradient_norms_are_autograds(data, monkeypatch):
 
         def loss(attention, step=step):
             x, y = problem.batch(2, step)
-            tokens = torch.zeros(len(x), 2 * toy.EXAMPLES, toy.D + 1)
-            tokens[:, ::2, : toy.D], tokens[:, 1::2, toy.D :] = x, y
+            tokens = torch.zeros(len(x), 2 * problem.EXAMPLES, problem.D + 1)
+            tokens[:, ::2, : problem.D], tokens[:, 1::2, problem.D :] = x, y
             iterate, v = model.transformer.wte(tokens) + model.transformer.wpe.weight, torch.zeros(())
             for block, parameters in zip(model.transformer.h, attention, strict=True):
                 v = 0.5 * v + torch.func.functional_call(block.attn, parameters, block.ln_1(iterate))
@@ -143,7 +160,7 @@ def test_without_mlps_attention_is_all(data):
 @pytest.mark.slow
 def test_training_beats_the_trivial_predictors(data, monkeypatch):
     """Predicting 0, and the share of the commonest digit; one unknown makes the regression easy."""
-    monkeypatch.setattr(toy, "D", 1)
+    monkeypatch.setattr(toy.Regression, "D", 1)
     args = arguments(data, steps=400, n_embd=32, learning_rate=5e-3)
     records = [toy.train(p, toy.configure("NagMHA", args, 1), args, "cpu") for p in
                (problem(data, "cpu") for problem in (toy.Regression, toy.LIS))]  # fmt: skip
