@@ -36,14 +36,14 @@ class Progress:
 
     @classmethod
     def of(cls, state):
-        """As it is in a checkpoint. Raises LookupError, TypeError or ValueError for what is no checkpoint of train.py."""
+        """The Progress in a checkpoint. Raises LookupError, TypeError or ValueError for what is no checkpoint of train.py."""
         return cls(**{field.name: type(field.default)(state[field.name]) for field in fields(cls)})
 
 
 def save(folder, state, best):
     """
-    Write state, a dict of tensors and plain values, to folder/ckpt.pt, where at every moment a complete checkpoint lies. The
-    one before stays as ckpt_prev.pt. If state is the best so far, best.pt is the same file. Raises UserError if it cannot.
+    Write state, a dict of tensors and plain values, to folder/ckpt.pt, which is a complete checkpoint at every moment. The
+    one before stays as ckpt_prev.pt. If best, best.pt becomes the same file. Raises UserError if the disk takes no more.
     """
     latest, previous, best_one = (os.path.join(folder, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt"))
 
@@ -66,7 +66,7 @@ def save(folder, state, best):
 
 
 def duplicate(path, to):
-    """Let `to` take the place of what it was as a second name of the file at path; a copy where there are no hard links."""
+    """Make `to` a second name of the file at path, or a copy where there are no hard links. An old `to` is replaced."""
     temporary = f"{to}.link"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
@@ -105,7 +105,7 @@ def load(path):
     if not os.path.exists(path):
         beside = os.path.join(os.path.dirname(path), "ckpt.pt")
         if os.path.exists(beside):
-            offer = offer or f", only {beside}: take it with --ckpt=ckpt.pt"
+            offer = offer or f", only {beside}: take that one (sample.py: --ckpt=ckpt.pt)"
         train = f"train one with python train.py --out_dir={os.path.dirname(path)}"
         raise UserError(f"no checkpoint at {path}{offer or f': {train}'}")
     try:
@@ -128,8 +128,8 @@ def load(path):
 
 def renewed(path, config, weights):
     """
-    The model_config of these weights, of an earlier version, as this one writes it. Raises UserError for what this version
-    does not compute.
+    The model_config of these weights, perhaps from an earlier version, as this version writes it. Raises UserError for a
+    system that this version does not compute.
     """
     learned = config.get("learned", "").split()
     gone = dict(verlet="kicked and drifted in another order", imex="had its friction implicit and not its force")
@@ -171,7 +171,7 @@ def of_nanogpt(path, state):
 
 @contextlib.contextmanager
 def fitting(path):
-    """What torch and dataclasses raise in this block about a checkpoint, as a UserError that names its path."""
+    """Turn what torch and dataclasses raise in this block into a UserError that names the checkpoint's path."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -182,8 +182,8 @@ def fitting(path):
 
 def differences(state, cfg, data):
     """
-    What in a run's configuration and data (its fingerprint) is not as in the checkpoint `state` and would make another run of
-    it: a list of texts, empty if it can be resumed. Raises LookupError or TypeError for what is no checkpoint of train.py.
+    How cfg and data (a fingerprint) differ from the checkpoint `state` in what would make another run: a list of texts, empty
+    if the run can be resumed. Raises LookupError or TypeError for what is no checkpoint of train.py.
     """
     then, now = state["config"], asdict(cfg)
     there = dict(data=state["data"]) | {k: then[k] for k in ("optimizer", "seed")} | state["model_config"]
@@ -196,8 +196,8 @@ def differences(state, cfg, data):
 
 def resumed(path, cfg, data, made_with):
     """
-    The checkpoint at path, its GPTConfig and its Progress. made_with: what made_with() says now. Raises UserError if it is not
-    of the run that cfg and data (a fingerprint) describe, or is beyond that run's end.
+    The checkpoint at path, its GPTConfig and its Progress. made_with: what made_with() says now. Raises UserError if the
+    checkpoint is not of the run that cfg and data (a fingerprint) describe, or is beyond that run's end.
     """
     state = load(path)
     if "config" not in state:
@@ -223,8 +223,8 @@ def resumed(path, cfg, data, made_with):
 
 def restore(optimizer, saved):
     """
-    The state that an optimizer saved; its rates and decays stay as they are now. Raises ValueError if it is not of this
-    optimizer's parameters: torch would take it, and read beyond its end.
+    Load the state `saved` into an optimizer, whose rates and decays stay as they are. Raises ValueError if the state is not of
+    this optimizer's parameters: torch would take it, and read beyond its end.
     """
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))
     kept = optimizer.state.items()
@@ -235,7 +235,7 @@ def restore(optimizer, saved):
 
 
 def load_model(path, device="cpu", **choices):
-    """The checkpoint's model, ready to be evaluated, with these choices of its configuration changed, and the checkpoint."""
+    """(model, checkpoint): the checkpoint's model, ready for evaluation, with these choices of its configuration changed."""
     state = load(path)
     with fitting(path):
         # reversible matters to training only
@@ -250,11 +250,11 @@ SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")  # which surgery t
 
 def surgery(config, donor, weights):
     """
-    Another model's weights in config's model: (config, weights) with the donor's sizes but config's block_size, cropped.
-    donor is the configuration of weights, a dict. If the two are one system (n_loop apart), that is all. If the donor has
-    neither momentum nor curvature, as MHA and Llama, config's system starts with its function and learns to leave it: tau = 0;
-    or beta = 0, learned, with eta = 1 and Nesterov's mu = eta beta, whatever config says of them. Raises UserError if that
-    cannot be.
+    Another model's weights in config's model: (config, weights) with the donor's sizes and config's block_size, to which it
+    crops position tables. donor, a dict, is the configuration of weights. If both are one system (n_loop may differ), that is
+    all. If the donor has neither momentum nor curvature, as MHA and Llama, config's system starts as the same function: with
+    tau = 0, or with beta = 0, eta = 1 and Nesterov's mu = eta beta, whatever config says. tau and beta are then learned. Raises
+    UserError if that cannot be.
     """
     sizes = {size: donor[size] for size in SIZES}
     if config.block_size > donor["block_size"]:
@@ -275,7 +275,7 @@ def surgery(config, donor, weights):
                 "only one without momentum, curvature and extra tables, such as MHA's, can become another system"
             )
         if others := differs("curvature", "momentum", "momentum_on", *SCALARS):
-            raise UserError(f"{config.variant} cannot start as {donor['variant']}: nothing undoes its {', '.join(others)}")
+            raise UserError(f"{config.variant} cannot start as {donor['variant']}: surgery cannot undo its {', '.join(others)}")
         learned, starts = {*config.learned.split()}, {}
         if config.curvature != "none":
             learned, starts = learned | {"tau"}, dict(tau=0.0)
@@ -294,7 +294,7 @@ def surgery(config, donor, weights):
 def donated(cfg, config, tokenizer):
     """
     The weights of cfg.init_from, X.pt or a name of gpt2(), in config's model: surgery()'s (config, weights). tokenizer: that of
-    the text. Raises UserError if the weights are of another one, or cannot be config's.
+    the text. Raises UserError if the weights have another tokenizer, or cannot become config's model.
     """
     if cfg.init_from.endswith(".pt"):
         state = load(cfg.init_from)
@@ -303,7 +303,7 @@ def donated(cfg, config, tokenizer):
         donor, weights, theirs = gpt2(cfg.init_from)
     if theirs != tokenizer and not cfg.any_tokenizer:
         raise UserError(
-            f"{cfg.init_from} is of the tokenizer {theirs}, the text of {tokenizer}: prepare the text with --tokenizer "
+            f"{cfg.init_from} has the tokenizer {theirs}, the text has {tokenizer}: prepare the text with --tokenizer "
             f"{theirs}, or teach the model other tokens with --any_tokenizer"
         )
     sizes = [
@@ -338,9 +338,9 @@ def gpt2(name):
                  scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), layer_norm_epsilon=(1e-5,),
                  tie_word_embeddings=(True,), add_cross_attention=(False,))  # fmt: skip
     if odd := [f"{k}={getattr(c, k)}, not {v[0]}" for k, v in wants.items() if getattr(c, k) not in v]:
-        raise UserError(f"init_from={name}: its config.json has {'; '.join(odd)}, which GPT-2's function here does not have")
+        raise UserError(f"init_from={name}: its config.json has {'; '.join(odd)}, which this GPT-2 does not compute")
     sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size)
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
     state = {k: v.t() if k.endswith(transposed) else v for k, v in model.state_dict().items()}
-    tokenizer = getattr(c, "tiktoken_name", "gpt2" if c.vocab_size in GPT2_VOCABULARY else "unknown")  # experiments.export's
+    tokenizer = getattr(c, "tiktoken_name", "gpt2" if c.vocab_size in GPT2_VOCABULARY else "unknown")  # by experiments.export
     return asdict(GPTConfig(**sizes)), state, tokenizer

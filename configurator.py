@@ -1,9 +1,9 @@
 """
-Configurations: a dataclass of knobs, filled from TOML files and --key=value or --key value, the later winning.
+Configurations: a dataclass of knobs, filled from TOML files and --key=value or --key value; the later one wins.
 
     cfg = parse(Config, sys.argv[1:])        # config/demo.toml --learning_rate=3e-4 --compile=False
 
-The comment behind a field is its help text. All that is wrong with a configuration is reported in one message.
+The comment after a field is its help text. All that is wrong with a configuration is reported in one message.
 """
 
 import dataclasses

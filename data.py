@@ -19,8 +19,8 @@ from files import replacing, sha256
 from guard import UserError
 
 SHARD = dict(file=str, tokens=int, sha256=str)  # what meta.json says of a shard
-# of the windows in training: counts the ways in which Split has drawn them; the first never read a text's end, the second kept
-# a table of an epoch's order
+# the version of the order in which Split draws training windows; version 1 never read a text's end, version 2 kept a table of
+# each epoch's order
 ORDER = 3
 SAMPLE = 1 << 28  # bytes of shards that are read through before a run
 
@@ -29,7 +29,7 @@ SAMPLE = 1 << 28  # bytes of shards that are read through before a run
 def get_tokenizer(name):
     """
     "bytes" (256 bytes and end-of-text, nothing to download) or any name that tiktoken knows, as a tiktoken.Encoding.
-    Raises UserError for an unknown name, or for one that is neither cached nor to be downloaded.
+    Raises UserError for an unknown name, or for one that is not cached and cannot be downloaded.
     """
     if name == "bytes":
         singles = {bytes([i]): i for i in range(256)}
@@ -94,9 +94,9 @@ def read_meta(folder):
 
 def verify(folder, whole=False):
     """
-    The folder's meta.json, after a look at what it describes: every shard is there with the dtype and length stated, no token
-    lies beyond the vocabulary and the sha256 agree. The latter two of shards drawn at random, SAMPLE bytes of
-    them (small data sets entirely), unless whole. Raises UserError naming the file.
+    The folder's meta.json, after these checks: every shard is there with the stated dtype and length; its sha256 agrees and no
+    token lies beyond the vocabulary. It makes the last two for all shards if whole, otherwise for some, drawn at random, until
+    it has read SAMPLE bytes. Raises UserError naming the file.
     """
     meta, looked_at = read_meta(folder), 0
     shards = [shard for split in ("train", "val") for shard in meta["shards"][split]]
@@ -127,10 +127,10 @@ def fingerprint(meta):
 
 def shuffled(i, n, key):
     """
-    The i-th of the numbers below n in the random order that key, bytes, stands for. It needs no table: a Feistel network [Luby
-    and Rackoff, 1988] permutes all numbers of so many bits, and is applied again to what is not below n.
+    The i-th number in the random order of the numbers below n that key, bytes, selects. It needs no table: a Feistel network
+    [Luby and Rackoff, 1988] permutes all numbers of 2 half bits; it runs again on a result that is not below n.
     """
-    half = max(4, (n.bit_length() + 1) // 2)  # the bits of a half: with fewer some orders would never come
+    half = max(4, (n.bit_length() + 1) // 2)  # bits of a half; with fewer than 4, some orders would never come
     while True:
         left, right = i >> half, i & (1 << half) - 1
         for r in range(4):

@@ -17,8 +17,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 9
 
 def pick_device(name, say=lambda text: print(text, file=sys.stderr)):
     """
-    The device of this name; for auto CUDA if there is a card, else the CPU. Where a card is asked for and there is none it is
-    the CPU too, which say() tells. Raises UserError for a name that is none, or of a device that cannot be used here.
+    The device of this name; auto means CUDA if there is a card, else the CPU. If a card is asked for and there is none, it
+    takes the CPU and tells so by say(). Raises UserError for an unknown name, or a device that cannot be used here.
     """
     try:
         kind = torch.device("cpu" if name == "auto" else name).type
@@ -40,7 +40,7 @@ def pick_device(name, say=lambda text: print(text, file=sys.stderr)):
 
 
 def short_dtype(kind):
-    """The name of the shortest dtype that this kind of device (cuda, cpu, mps) multiplies matrices of faster."""
+    """The shortest dtype that makes matrix products faster on this kind of device (cuda, cpu, mps), or float32: its name."""
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     cpu = torch.cpu.get_capabilities() if kind == "cpu" else {}
@@ -50,7 +50,7 @@ def short_dtype(kind):
 def keep_memory():
     """
     Have glibc's malloc keep what a step frees for the next step, up to the end of the process. By default it returns large
-    blocks to the system, and a step on a CPU spends a fifth of its time on having them back, page by page.
+    blocks to the system, and a step on a CPU spends a fifth of its time on getting them back, page by page.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
@@ -85,6 +85,6 @@ def flops_per_token(model):
             type(model)(replace(model.config, block_size=T)).requires_grad_(False)(idx, idx)
         return counter.get_total_flops()
 
-    # so short that attention is in one piece, which is a T + b T^2
+    # so short that attention is in one piece: then the count is a T + b T^2
     a_plus_128b, a_plus_256b = forward(128) / 128, forward(256) / 256
     return 3 * (a_plus_128b + (a_plus_256b - a_plus_128b) / 128 * (model.config.block_size - 128))

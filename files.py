@@ -15,7 +15,7 @@ from guard import UserError
 def replacing(path, before=lambda temporary: None):
     """
     A binary file that takes the place of path when the block ends well: complete or not at all, and on the disk. Just before
-    it does, before() is called with the name that it has until then.
+    that, it calls before() with the file's temporary name.
     """
     temporary = f"{path}.tmp"
     try:
@@ -27,7 +27,7 @@ def replacing(path, before=lambda temporary: None):
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)  # what it holds may be what filled the disk
+            os.unlink(temporary)  # its contents may have filled the disk
         raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)
@@ -35,7 +35,7 @@ def replacing(path, before=lambda temporary: None):
 
 
 def sha256(path):
-    """Of the contents of the file at path, 64 hexadecimal digits."""
+    """The SHA-256 of the file at path: 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -43,8 +43,8 @@ def sha256(path):
 @contextlib.contextmanager
 def lock(folder, remedy):
     """
-    Hold the folder alone for as long as this lasts; the system lets go of it when the process ends, however it ends. Raises
-    UserError with the process that holds it, and the remedy.
+    Lock the folder for this process while the block runs; the system unlocks it when the process ends, however it ends. Raises
+    UserError, with the remedy, if another process holds it.
     """
     with open(os.path.join(folder, "lock"), "a+") as file:
         try:

@@ -33,9 +33,9 @@ def cli(main):
 @contextlib.contextmanager
 def stop_signals():
     """
-    While this lasts, SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a connection that dropped) only add to the list that it yields, and a
-    second one ends the process at once, whatever it is doing. What comes within a second is one signal: torchrun repeats those
-    of a terminal. nohup's SIGHUP stays ignored.
+    In this context SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a connection that dropped) only add to the list it yields. A signal
+    that comes over one second after the first ends the process at once, whatever it is doing; within that second torchrun
+    repeats the signals of a terminal. SIGHUP stays ignored under nohup.
     """
     numbers, caught, (reader, writer) = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], [], os.pipe()
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -69,7 +69,7 @@ def stop_signals():
 
 @contextlib.contextmanager
 def plain_errors(cfg):
-    """What a full disk, too little memory or a lost process make torch and Python raise in a run, as a UserError."""
+    """Turn errors of torch and Python for a full disk, too little memory or a lost process into a UserError."""
     import torch  # here, since prepare.py needs a UserError and no torch
     import torch.distributed as dist
 
@@ -80,7 +80,7 @@ def plain_errors(cfg):
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in first:
             sizes = ", ".join(f"{k}={getattr(cfg, k)}" for k in ("gradient_accumulation_steps", "eval_iters"))
             text = (
-                f"out of memory: lower batch_size={cfg.batch_size} and raise {sizes} by the same factor, which trains the same"
+                f"out of memory: lower batch_size={cfg.batch_size} and raise {sizes} by the same factor: the result is the same"
             )
         elif isinstance(error, OSError) and error.errno in DISK:
             text = f"{first}: free some space or choose another --out_dir, and go on with --init_from=resume"
@@ -101,5 +101,5 @@ def note_loss(run, loss):
     if run.high == 0:
         run.running_mean = run.running_mean + (loss - run.running_mean) / 100 if run.running_mean else loss
     if run.high == 3:
-        return f"the loss, {loss:.4f}, is over twice its running mean, {run.running_mean:.4f}, for 3 steps"
+        return f"the loss, {loss:.4f}, has been over twice its running mean, {run.running_mean:.4f}, for 3 steps"
     return None

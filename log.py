@@ -47,7 +47,7 @@ def last_step(path):
 
 
 def open_metrics(path, step):
-    """metrics.jsonl, open to append to, without what a run that starts at `step` writes again: later steps, half a line."""
+    """metrics.jsonl, open to append to. It first drops what a run from `step` on writes again, and lines that are cut short."""
     kept = []
     if step and os.path.exists(path):
         with open(path, "rb") as file:
@@ -69,8 +69,8 @@ def system(config):
 
 class Log:
     """
-    The reports of a run from step run.step on; run is a checkpoint.Progress. Only the master process writes, and an evaluation
-    alone writes nothing. To be used in a with statement, during which no other run may write to the same out_dir. Raises
+    The reports of a run from step run.step on; run is a checkpoint.Progress. Only the master process writes, and with
+    eval_only it writes nothing. To be used in a with statement, during which no other run may write to the same out_dir. Raises
     UserError if one does, if the folder cannot be written, if it holds a longer run, or if the tracker is not installed.
     """
 
@@ -128,11 +128,11 @@ class Log:
         self.restart_clock(self.run.step)
 
     def restart_clock(self, step):
-        """Speed is that of the steps from `step` on: call this when something else than training took time."""
+        """Speed is that of the steps from `step` on: call this when something other than training took time."""
         self.clock = time.time(), step
 
     def seconds(self):
-        """Since the run began, in all the parts of it that were resumed."""
+        """Seconds since the run began, over all the times that it was resumed."""
         return time.time() - self.began
 
     def __enter__(self):
@@ -157,8 +157,8 @@ class Log:
 
     def flush(self):
         """
-        Bring what was written to metrics.jsonl. The first time, the file of an earlier run is replaced or cut to where this run
-        begins. So a run that does not get as far as its first step, or its first checkpoint, leaves it alone.
+        Bring the lines so far into metrics.jsonl. The first call replaces the file of an earlier run, or cuts it to where this
+        run begins. So a run that ends before its first step and its first checkpoint leaves that file alone.
         """
         if not self.metrics:
             self.metrics = open_metrics(self.path, self.start)
@@ -192,7 +192,7 @@ class Log:
             self.flush()
 
     def stopped(self, what):
-        """The run was given up before an update. Of a run that has no checkpoint nothing is kept."""
+        """Note that the run was given up before an update. A run that has no checkpoint leaves nothing."""
         self.write(step=self.run.step, stopped=what)
         if self.writing and (self.metrics or self.run.step):
             self.flush()

@@ -6,7 +6,7 @@ the iterate, and may carry a velocity v from layer to layer. All variants share 
 
     x, v = rule(x, v, attention);   x, v = rule(x, v, mlp)
 
-A variant is one choice on each axis: neither the model nor the training loop knows its name. The file, in order:
+A variant is one choice on each axis (energy, momentum, ...): no class and no loop tests its name. The file, in order:
 
     VARIANTS, GPTConfig     the systems of the papers, and the choices that they are made of
     ..._attention           energies and curvatures as equations:  q, k, v -> o
@@ -16,8 +16,8 @@ A variant is one choice on each axis: neither the model nor the training loop kn
     only for speed          skip it on a first reading
     what is refused         choices that make no sense together
 
-MHA is nanoGPT's model with nanoGPT's parameter names. In shapes B is the number of sequences, T of tokens, C = n_embd,
-nh = n_head, hs = C / nh. The sources, by arXiv id:
+MHA is nanoGPT's model with nanoGPT's parameter names. In shapes B counts sequences, T tokens; C = n_embd, nh = n_head,
+hs = C / nh. "Derived" marks a form that we derived: no paper states it. The sources, by arXiv id:
 
     [Ren]    2511.00907   Transformers as Intrinsic Optimizers: Forward Inference through the Energy Principle
     [Zimin]  2601.23236   YuriiFormer: A Suite of Nesterov-Accelerated Transformers
@@ -45,7 +45,7 @@ import torch.utils.checkpoint
 # What the systems of [Zimin] and [Gai] share.
 FORMER = dict(momentum_on="both", velocity_init="embed", velocity_norm=True, learned="beta gamma", beta=0.9)
 YURII = FORMER | dict(momentum="nesterov", learned="beta gamma mu", mu=0.9)
-# A paper's name: what it chooses differently from MHA, and where it stands.
+# A system's name: its source, and the choices in which it differs from MHA.
 VARIANTS = {
     "MHA": dict(source="nanoGPT"),
     "Llama": dict(source="[Xu]'s baseline", backbone="llama"),
@@ -56,7 +56,7 @@ VARIANTS = {
     "LightMHA2nd1st": dict(source="name from [Ren], form derived", curvature="light", learned="tau"),
     "LinearMHA": dict(source="[Ren]", energy="linear"),
     "GatedLinearMHA": dict(source="[Ren]", energy="gated_linear"),
-    "HuberMHA": dict(source="[Ren] asks, derived", energy="huber"),
+    "HuberMHA": dict(source="[Ren]'s question, form derived", energy="huber"),
     "DenseMHA": dict(source="control for MomenMHA", momentum="dense"),
     "YuriiFormer": dict(source="[Zimin]") | YURII,
     "YuriiFormerEuler": dict(source="[Zimin]") | YURII | dict(splitting="euler"),
@@ -68,16 +68,16 @@ VARIANTS = {
     "EmbedControl": dict(source="ours, [Gai] calls for it", velocity_init="embed"),
     "CEM": dict(source="[Xu]", backbone="llama", tied=True),
     "CEM+": dict(source="[Xu]", backbone="llama", tied=True, diagonal=True, precond_rank=8, inner_steps=2),
-    "LoopNagMHA": dict(source="[Ren] asks", momentum="nesterov", beta=0.5, n_loop=4),
+    "LoopNagMHA": dict(source="[Ren]'s question", momentum="nesterov", beta=0.5, n_loop=4),
 }
-# The numbers of MHA; of every other choice MHA has the first.
+# MHA's numbers. In every other choice MHA takes the first value that is listed.
 NUMBERS = dict(beta=0.5, gamma=1.0, mu=None, eta=1.0, tau=1.0, learned="", delta=1.0, precond_rank=0, inner_steps=1,
                implicit_steps=1, n_loop=1)  # fmt: skip
 
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's sizes, a variant and overrides. None means: as the variant says. A ValueError lists all that is wrong."""
+    """nanoGPT's sizes, a variant and overrides. None means: as the variant says. One ValueError lists all problems."""
 
     variant: str = "MHA"  # a paper's name for a set of choices: a row of VARIANTS in model.py
     n_layer: int = 12  # number of blocks
@@ -89,22 +89,22 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; llama has none
     backbone: Literal[*BACKBONES] | None = None  # what oracles are made of; llama: RMSNorm, rotary positions, SwiGLU
     energy: Literal[*ENERGIES] | None = None  # what attention descends
-    curvature: Literal["none", *CURVATURES] | None = None  # how its gradient is preconditioned
+    curvature: Literal["none", *CURVATURES] | None = None  # how the energy's gradient is preconditioned
     momentum: Literal[*RULES] | None = None  # how the iterate moves
-    momentum_on: Literal[*MOVED] | None = None  # the oracles that the velocity sums
-    splitting: Literal[*SPLITTINGS] | None = None  # attention, then MLP; both at one point; half attention, MLP, half attention
+    momentum_on: Literal[*MOVED] | None = None  # the oracles that the momentum applies to
+    splitting: Literal[*SPLITTINGS] | None = None  # attention, MLP; euler: both at one point; strang: half attention, MLP, half
     velocity_init: Literal["zero", "embed"] | None = None  # the velocity before the first layer; embed: tables of its own
     velocity_norm: bool | None = None  # a LayerNorm on the velocity, at every step
     tied: bool | None = None  # values are the keys, output projections are transposed input projections
-    diagonal: bool | None = None  # tied: a diagonal term in every head's interaction
-    qk_norm: bool | None = None  # give all queries one norm and all keys one norm
+    diagonal: bool | None = None  # tied: every head's W_Q^T W_K gets a diagonal term
+    qk_norm: bool | None = None  # scale every query and every key to norm sqrt(hs)
     reversible: bool | None = None  # rebuild activations in the backward pass instead of storing them
-    beta: float | None = None  # velocity kept from one step to the next, in [0, 1)
+    beta: float | None = None  # share of the velocity kept from one step to the next, in [0, 1)
     gamma: float | None = None  # weight of the oracle in the velocity, positive
-    mu: float | None = None  # nesterov: how far to look ahead along the velocity; None: eta beta
+    mu: float | None = None  # nesterov: how far to look ahead along the velocity; None in the variant: eta beta
     eta: float | None = None  # length of the step along the velocity, positive
     tau: float | None = None  # newton, light: how much of the correction is added; 1: the whole step, 0: none
-    learned: str | None = None  # which of "beta gamma mu eta tau" are learned, in each step of each layer, tau for each head
+    learned: str | None = None  # which of "beta gamma mu eta tau" are learned, one of each per step of a layer, tau per head
     delta: float | None = None  # huber: distance, in units of sqrt(hs), beyond which a key's pull is constant
     precond_rank: int | None = None  # tied: rank of the learned preconditioner; 0: none
     inner_steps: int | None = None  # tied: steps that each sublayer takes, on the same keys and gate
@@ -120,13 +120,13 @@ class GPTConfig:
             raise ValueError("\n".join(problems))
 
     def problems(self):
-        """For each thing that is wrong with this configuration: the value, the rule and the remedy."""
+        """A message for each illegal setting of this configuration: the value, the rule and the remedy."""
         return refused(self)
 
 
 # ---- energies and curvatures: q, k, v -> o, each (B, nh, T, hs) ------------------------------------------------------
 # A position sees itself and those before it. A lone query is the last position, as in generation, and sees every key.
-# "Values free" means that the step is a gradient where v_j = k_j.
+# "Values free" means that v_j may differ from k_j; the step is a gradient step only where v_j = k_j.
 
 
 def softmax_attention(q, k, v, dropout=0.0, scale=None):
@@ -135,7 +135,7 @@ def softmax_attention(q, k, v, dropout=0.0, scale=None):
 
         o = sum_j p_j v_j        p_j = softmax_j(q.k_j / sqrt(hs))        (v = k gives k̄ = -grad F)
 
-    scale: 1 / sqrt(hs), where hs is not the width of q.
+    scale: 1 / sqrt(hs), to be given if q is not hs wide.
     """
     return sdpa(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1, scale=scale)
 
@@ -147,13 +147,13 @@ def newton_attention(q, k, v, tau, dropout=0.0):
 
         u = k̄ - q        s_j = (k_j - k̄).u / sqrt(hs)        w_j = p_j (1 + tau s_j)        o = sum_j w_j v_j
 
-    tau: (nh, 1, 1). tau = 0 is softmax attention; tau = 1, v = k and keys of one norm make it the exact Taylor step.
+    tau: a number or (nh, 1, 1). tau = 0: softmax attention. tau = 1, if v = k and all keys have one norm: exactly this step.
     """
 
     def reweighted(q, k):
         p = weights(q, k)
         kbar = p @ k
-        tau_u = (kbar - q) * tau / math.sqrt(q.size(3))  # tau and sqrt(hs) here, where they meet the fewest numbers
+        tau_u = (kbar - q) * tau / math.sqrt(q.size(3))  # tau and sqrt(hs) multiply here, where the tensor is smallest
         return p * (tau_u @ k.mT + (1 - (tau_u * kbar).sum(-1, keepdim=True)))
 
     return in_chunks(reweighted, q, k, v, dropout)
@@ -162,7 +162,7 @@ def newton_attention(q, k, v, tau, dropout=0.0):
 def light_attention(q, k, v, tau, dropout=0.0):
     """
     LightMHA2nd1st [Ren names it; form derived]. To first order 1 + tau s_j is exp(tau s_j), and p_j times this exponential
-    is attention A at a moved query:        k̄ = A(q, K, K)        o = A(q + tau (k̄ - q), K, V)
+    gives, normalised, attention A at a moved query:        k̄ = A(q, K, K)        o = A(q + tau (k̄ - q), K, V)
     """
     kbar = softmax_attention(q, k, k)
     return softmax_attention(q + tau * (kbar - q), k, v, dropout)
@@ -171,7 +171,7 @@ def light_attention(q, k, v, tau, dropout=0.0):
 def huber_attention(q, k, v, delta, dropout=0.0):
     """
     HuberMHA [Ren's open question; derived]: a gradient step on the free energy of E_j = H(|q - k_j|), where H(r) is
-    r^2 / 2 up to r = delta and delta (r - delta / 2) beyond; its pull on the query never exceeds delta. Values free:
+    r^2 / 2 up to r = delta and delta (r - delta / 2) beyond: no key pulls the query by more than delta. Values free:
 
         o = sum_j p_j min(1, delta / r_j) v_j        p_j = softmax_j(-E_j / sqrt(hs))        r_j = |q - k_j|
     """
@@ -194,7 +194,7 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
 
         S_i = a_i S_{i-1} + k_i v_i^T        o_i = S_i^T q_i = sum_{j<=i} a_{j+1} ... a_i (q_i.k_j) v_j
 
-    Computed by matrix products within chunks of tokens, and the state S from chunk to chunk: O(T hs (hs + chunk)) in time.
+    It takes matrix products within a chunk of tokens, and hands S on from chunk to chunk: O(T hs (hs + chunk)) in time.
     log_a: (B, nh, T), float32, <= 0. S: (B, nh, hs, hs), float32, after the tokens before q, or None. Returns o and the last S.
     """
     if q.dtype == torch.float16:  # cannot hold a sum over many keys
@@ -215,8 +215,8 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
 
 def rotate(t, past=0, back=False):
     """
-    Rotary positions: the numbers m and m + hs / 2 of token i of t, (B, nh, T, hs), turned as a pair by the angle
-    (past + i) 10000^(-2m / hs). Then q.k depends on the distance of two tokens alone. back: turned back. In float32 or float64.
+    Rotary positions: turns entries m and m + hs / 2 of token i of t, (B, nh, T, hs), as a pair by the angle
+    (past + i) 10000^(-2m / hs). So positions enter q.k only as a distance. back: turns back. Computes in float32 or float64.
     """
     (T, hs), full = t.shape[2:], dict(device=t.device, dtype=torch.promote_types(t.dtype, torch.float32))
     angle = torch.outer(torch.arange(past, past + T, **full), 10_000.0 ** (-torch.arange(0, hs, 2, **full) / hs))
@@ -226,7 +226,7 @@ def rotate(t, past=0, back=False):
 
 
 def causal(E):
-    """Which of the (..., queries, keys) pairs of E a query sees: (queries, keys) bool."""
+    """Which keys each query sees, where E is (..., queries, keys): (queries, keys), bool."""
     n, m = E.shape[-2:]
     return torch.ones(n, m, dtype=torch.bool, device=E.device).tril(m - n)
 
@@ -235,7 +235,7 @@ def causal(E):
 
 
 class Scalar(nn.Module):
-    """A number or a tensor of them, kept in range: a parameter seen through a map onto the range or, if not learned, fixed."""
+    """A number or a tensor of them within a range. If learned, a map takes a parameter into the range; otherwise fixed."""
 
     MAPS = dict(  # range: (map, its inverse)
         real=(lambda a: a, lambda y: y),
@@ -249,7 +249,7 @@ class Scalar(nn.Module):
         self.raw = nn.Parameter(inverse(torch.as_tensor(value, dtype=torch.float32))) if learned else None
 
     def forward(self, x=None):
-        """The value. Given x, (B, T, C), a learned number comes once per token, (B, T, 1): so its gradient compiles better."""
+        """The value. Given x, (B, T, C), it repeats a learned number per token, (B, T, 1): that gradient compiles better."""
         value = self.value if self.raw is None else self.map(self.raw)
         return value if x is None or self.raw is None else value.expand(*x.shape[:2], 1)
 
@@ -301,7 +301,7 @@ class Attention(nn.Module):
 
 
 class SoftmaxAttention(Attention):
-    """E_j = -q.k_j, with curvature as its Newton step by one of two approximations."""
+    """E_j = -q.k_j: a gradient step or, with a curvature, an approximate Newton step."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -327,8 +327,8 @@ class LinearAttention(Attention):
 
         o_i / sqrt(N_i)        N_i = a_i N_{i-1} + 1        (N = i where a = 1)
 
-    A sum of N terms that do not know of each other is sqrt(N) times as large as one [derived]. A norm of o_i instead would blow
-    up at the first positions, where o_i is a single product and its norm little but a sign.
+    A sum of N independent terms is about sqrt(N) times as large as one [derived]. A norm layer on o_i instead would magnify
+    rounding at the first positions: there o_i is a single product, and a norm layer keeps little but its sign.
     """
 
     def forward(self, x, cache=None):
@@ -365,7 +365,7 @@ CURVATURES = dict(newton=newton_attention, light=light_attention)
 class Tied(nn.Module):
     """
     A sublayer of CEM [Xu], minus the gradient in x of an energy: so its matrices serve on the way in and on the way out.
-    inner_steps > 1 descend again from the moved x, while what x is compared with stays:
+    With inner_steps > 1 it descends again from the moved x, on the same keys and gate:
 
         g = sum_s eta_s P g_s        g_s: minus the gradient at x + the steps so far        P: the preconditioner
     """
@@ -378,7 +378,7 @@ class Tied(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def descend(self, x, gradient):
-        """g, from x and a function that gives g_s at any point."""
+        """g, from x and a function that gives minus the gradient at any point."""
         moved = 0.0
         for s in range(self.config.inner_steps):
             step = self.precondition(gradient(x + moved))
@@ -420,7 +420,7 @@ class TiedAttention(Tied):
         return self.descend(x, gradient)
 
     def project(self, x, which, past=0):
-        """Queries (0) or keys (1), (B, nh, T, hs); the diagonal's x_i^T diag(a) x_j is a product too and makes it hs + C."""
+        """Queries (which=0) or keys (1), (B, nh, T, hs). With diagonal hs + C wide: x_i^T diag(a) x_j is then a part of q.k."""
         heads = self.c_attn.map(which, x).unflatten(2, (self.config.n_head, -1)).transpose(1, 2)
         if self.config.backbone == "llama":
             heads = rotate(heads, past)
@@ -498,15 +498,15 @@ BACKBONES = dict(gpt2=MLP, llama=SwiGLU)
 
 
 def norm(config):
-    """The norm that an oracle stands behind."""
+    """The norm layer in front of an oracle, and of the head."""
     C = config.n_embd
     return nn.RMSNorm(C, eps=1e-6) if config.backbone == "llama" else nn.LayerNorm(C, bias=config.bias)
 
 
 # ---- update rules: x, v, oracles -> x, v -----------------------------------------------------------------------------
-# A rule is made from the config, the number of oracles that it asks (two under Euler splitting, else one), the number of the
-# momentum's steps before it in the stack (n_loop adds none), and its weight, 1/2 where a layer takes it twice. g(y) is the sum
-# of what its oracles say at y.
+# A rule's arguments: config; n_oracles, how many oracles it asks (two under Euler splitting, else one); before, how many steps
+# of the momentum come before it in the stack (n_loop adds none); weight, 1/2 if a layer asks these oracles twice, else 1.
+# g(y) is the sum of what its oracles say at y.
 
 
 class Gradient(nn.Module):
@@ -558,8 +558,8 @@ class Nesterov(Momentum):
     """
     v <- N(beta v + g(x + mu v));  x <- x + eta v        mu = eta beta unless given        [Ren] NagMHA, [Zimin]
 
-    The look-ahead is the first iteration towards the implicit step v' = N(beta v + g(x + eta v')). implicit_steps of them, each
-    from where the one before ended, are IMEXFormer        [name from Zimin, form derived].
+    The look-ahead is the first iteration towards the implicit step v' = N(beta v + g(x + eta v')). implicit_steps is how
+    many it takes, each from where the one before ended; IMEXFormer takes two        [name from Zimin, form derived].
     """
 
     def forward(self, x, v, *oracles):
@@ -575,7 +575,7 @@ class Adam(Momentum):
     """
     m <- beta m + (1 - beta) g(x);  s <- beta_s s + (1 - beta_s) g(x)^2;  x <- x + gamma N(m / (sqrt(s) + eps))
 
-    v is m and then the pair of m and s, which starts at 1. g is a plain sum.        [Gai] AdamFormer, beta_s and eps ours
+    v is m at first, then the pair (m, s); s starts at 1. g has no gammas.        [Gai] AdamFormer, beta_s and eps ours
     """
 
     beta_s, eps = 0.9, 1e-6
@@ -609,8 +609,8 @@ class Dense(nn.Module):
 
 class Sums(Gradient):
     """
-    x <- x + eta (1 + beta + ... + beta^(n-1-i)) g_i(x)    control for MomenMHA, derived: the i-th of the momentum's n steps
-    weighs as much as its direction does in all of Polyak's steps, and there is no velocity.
+    x <- x + eta (1 + beta + ... + beta^(n-1-i)) g_i(x)    control for MomenMHA, derived: there is no velocity; step i of n
+    adds at once what Polyak adds of the direction g_i in all steps from i on.
     """
 
     def __init__(self, config, n_oracles, before, weight):
@@ -621,7 +621,7 @@ class Sums(Gradient):
 RULES = dict(none=Gradient, polyak=Polyak, nesterov=Nesterov, adam=Adam, dense=Dense, sums=Sums)
 # the steps of a layer, by what each asks: A attention, M the MLP. What strang takes twice has half the weight each time
 SPLITTINGS = dict(lie_trotter=("A", "M"), euler=("AM",), strang=("A", "M", "A"))
-MOVED = dict(attention=("A",), both=("A", "M", "AM"))  # the steps that the momentum's rule takes; the others are Gradient's
+MOVED = dict(attention=("A",), both=("A", "M", "AM"))  # the steps that use the momentum's rule; the others use Gradient
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -695,7 +695,7 @@ class GPT(nn.Module):
         if self.config.velocity_init == "zero":
             return x, torch.zeros_like(x)
         v = table("v")
-        return (x + v if self.config.momentum == "none" else x), v  # EmbedControl: the same tables, and no velocity
+        return (x + v if self.config.momentum == "none" else x), v  # EmbedControl: YuriiFormer's tables, and no velocity
 
     def layers(self):
         """The blocks in the order of their application."""
@@ -704,7 +704,7 @@ class GPT(nn.Module):
     def hidden(self, idx, caches=None, past=0):
         """
         What the head reads: the iterate after the last layer, normalised, (B, T, C). caches, a list for each of layers(), hold
-        the `past` tokens before idx; idx is then a single token.
+        the `past` tokens before idx; if past > 0, idx is a single token.
         """
         assert past == 0 or idx.size(1) == 1
         x, v = self.embed(idx, past)
@@ -727,15 +727,15 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, top_p=1.0):
-        """stream()'s tokens behind idx, (B, T + as many as there are)."""
+        """idx, (B, T), and stream()'s n tokens after it: (B, T + n). It takes the arguments of stream()."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, stop, top_p)), 1)
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, top_p=1.0):
         """
-        Up to max_new_tokens that follow idx, (B, T) with T >= 1, one by one, (B, 1): sampled from softmax(logits / temperature)
-        among the top_k likeliest (None: all), or the likeliest whose sum reaches top_p; temperature 0 takes the likeliest. A
-        row ends at its first `stop` token and is filled with it. As in nanoGPT a token sees the last block_size tokens only;
-        beyond block_size each costs a whole forward pass, since every position moves.
+        Yields up to max_new_tokens tokens, (B, 1) each, after idx, (B, T), T >= 1. It samples softmax(logits / temperature)
+        among the top_k likeliest (None: all), and of these the likeliest whose sum reaches top_p; temperature 0 takes the
+        likeliest. After its first `stop` token a row is filled with `stop`. As in nanoGPT a token sees the last block_size
+        tokens only; beyond block_size each token costs a whole forward pass, since every position moves.
         """
         block_size, past = self.config.block_size, 0
         calls = len(SPLITTINGS[self.config.splitting]) * self.config.implicit_steps  # of attention in a layer, at most
@@ -775,13 +775,13 @@ class GPT(nn.Module):
 # ---- only for speed and memory: skip it on a first reading -----------------------------------------------------------
 
 
-BY_MATRICES = {"cpu", "meta"}  # kinds of device that take twice the time for a fused kernel, and one that computes shapes alone
+BY_MATRICES = {"cpu", "meta"}  # a CPU takes twice the time for a fused kernel; meta computes shapes alone
 
 
 def sdpa(q, k, v, dropout_p=0.0, is_causal=False, scale=None):
     """
-    F.scaled_dot_product_attention, on a CPU by matrices. Their logits are rounded to q's dtype, and autograd keeps them: at
-    2,048 tokens they double the activations, so beyond that the fused kernel takes over.
+    F.scaled_dot_product_attention; on a CPU by plain matrix products. Autograd keeps their logits, rounded to q's dtype: at
+    2,048 tokens these double the activations, so beyond that the fused kernel takes over.
     """
     if q.device.type in BY_MATRICES and is_causal and q.size(2) <= 2048:
         return in_chunks(lambda q, k: weights(q, k, scale), q, k, v, dropout_p)
@@ -791,7 +791,7 @@ def sdpa(q, k, v, dropout_p=0.0, is_causal=False, scale=None):
 def weights(q, k, scale=None):
     """The p_j of softmax_attention as a matrix, (B, nh, queries, keys)."""
     n, m = q.size(2), k.size(2)
-    unseen = q.new_full((n, m), -math.inf).triu(m - n + 1)  # added within the product, which is cheaper than to fill
+    unseen = q.new_full((n, m), -math.inf).triu(m - n + 1)  # added within the product: cheaper than masked_fill
     logits = torch.baddbmm(unseen, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale or 1 / math.sqrt(q.size(3)))
     return logits.softmax(-1).unflatten(0, q.shape[:2])
 
@@ -801,7 +801,7 @@ def in_chunks(weigh, q, k, v, dropout, size=256):
     sum_j w_j v_j with the matrix w = weigh(q, k), a chunk of queries at a time. A chunk needs only the keys up to its last
     query, so little work is done for keys that a query does not see.
 
-    Where other energies have fused kernels, this does as they do: logits in float32, and matrices that autograd makes again.
+    On devices with fused kernels it does as these do: logits are float32, and the backward pass makes the matrices again.
     """
     past, outputs, fused = k.size(2) - q.size(2), [], q.device.type not in BY_MATRICES
 
@@ -822,7 +822,7 @@ def in_chunks(weigh, q, k, v, dropout, size=256):
 
 class Reversible(torch.autograd.Function):
     """
-    A stack of polyak steps that keeps only its end. The backward pass undoes a step, then differentiates it [derived]:
+    A stack of polyak steps that keeps only the last x and v. The backward pass undoes a step, then differentiates it [derived]:
 
         v' = beta v + gamma g(x);  x' = x + eta v'        undone by        x = x' - eta v';  v = (v' - gamma g(x)) / beta
 
@@ -874,7 +874,7 @@ class Cache:
         self.block_size, self.n, self.S = block_size, 0, None
 
     def extend(self, *new):
-        """Append each of new, (B, nh, t, its width), to what is kept of its kind, and return all that is kept."""
+        """Append each tensor of `new`, (B, nh, t, width), to the kept ones of its kind, and return all that is kept."""
         if self.n == 0:
             self.kept = [t.new_empty(*t.shape[:2], self.block_size, t.size(3)) for t in new]
         past, self.n = self.n, self.n + new[0].size(2)
@@ -906,7 +906,7 @@ RANGES = {  # where numbers must lie: the test, and the names
     "must be positive and finite": (lambda n: 0 < n < math.inf, "gamma eta delta"),
     "must be finite": (math.isfinite, "tau"),
 }
-READ_BY = {  # knob: the axis and the values that read it; with others it would do nothing, so it stays as it is in MHA
+READ_BY = {  # knob: an axis, and its values that read the knob; with other values the knob must be as in MHA
     knob: (axis, readers)
     for knobs, axis, readers in (
         ("delta", "energy", {"huber"}),
@@ -922,9 +922,9 @@ READ_BY = {  # knob: the axis and the values that read it; with others it would 
 }
 NEEDS = [  # choices, what they need, and why
     (dict(curvature={*CURVATURES}), dict(energy="softmax"), "is derived for the softmax energy"),
-    (dict(tied={True}), dict(energy="softmax", curvature="none", qk_norm=False), "descends the energy of x itself"),
+    (dict(tied={True}), dict(energy="softmax", curvature="none", qk_norm=False), "is derived for plain softmax attention"),
     (dict(splitting={"euler"}, momentum=MOVING), dict(momentum_on="both"), "moves attention and MLP in one step"),
-    (dict(momentum={"dense", "sums"}), dict(n_loop=1), "has weights for layers, not for rounds"),
+    (dict(momentum={"dense", "sums"}), dict(n_loop=1), "has weights for layers, not for loops"),
     (dict(reversible={True}),
      dict(momentum="polyak", momentum_on="both", splitting="lie_trotter", velocity_norm=False, dropout=0),
      "inverts polyak's steps and computes each twice"),
@@ -933,10 +933,10 @@ RELATIONS = [  # what else must hold, and what to say where it does not
     (lambda c: c.n_head < 1 or c.n_embd % c.n_head == 0,
      lambda c: f"n_embd={c.n_embd} must be a multiple of n_head={c.n_head}"),
     (lambda c: c.backbone != "llama" or c.n_head < 1 or c.n_embd // c.n_head % 2 == 0,
-     lambda c: f"backbone=llama turns pairs of numbers: n_embd / n_head={c.n_embd // c.n_head} must be even"),
+     lambda c: f"backbone=llama rotates pairs of numbers: n_embd / n_head={c.n_embd // c.n_head} must be even"),
     (lambda c: {*c.learned.split()} <= learnable(c),
-     lambda c: f"learned={c.learned!r} may name {', '.join(sorted(learnable(c))) or 'nothing'} here: gamma, eta and, if "
-               "reversible=False, beta with a velocity; mu if a look-ahead has one above 0; tau with a curvature"),
+     lambda c: f"learned={c.learned!r} may name {', '.join(sorted(learnable(c))) or 'nothing'} here: gamma, eta and beta need "
+               "a velocity, beta also reversible=False; mu needs a look-ahead with mu above 0; tau needs a curvature"),
     (lambda c: not c.reversible or c.beta ** max(0, 2 * c.n_layer * c.n_loop) > 1e-8,
      lambda c: f"reversible=True divides by beta={c.beta} twice in each of {c.n_layer} x {c.n_loop} layers, more than float64 "
                f"can bear: take beta of at least {1e-8 ** (0.5 / c.n_layer / c.n_loop) + 0.005:.2f}"),
@@ -963,7 +963,7 @@ OF_MHA = {axis: values[0] for axis, values in axes(GPTConfig).items()} | NUMBERS
 
 
 def resolved(config):
-    """What None means for each choice: as the variant says; or, where the variant does not or nothing reads it, as in MHA."""
+    """{choice: what None means}: the variant's value; MHA's if the variant gives none, or if no other choice reads this one."""
     row = OF_MHA | VARIANTS.get(config.variant, {})
     chosen = {name: row[name] if getattr(config, name) is None else getattr(config, name) for name in OF_MHA}
     unread = {knob for knob, (axis, readers) in READ_BY.items() if chosen[axis] not in readers}
@@ -972,7 +972,7 @@ def resolved(config):
 
 
 def outside(config, ranges):
-    """An error message for each number of a configuration that lies outside its range. None lies anywhere."""
+    """An error message for each number of a configuration that lies outside its range. None is always legal."""
     numbers = [(name, getattr(config, name), rule, test) for rule, (test, names) in ranges.items() for name in names.split()]
     return [f"{name}={n} {rule}" for name, n, rule, test in numbers if n is not None and not test(n)]
 

@@ -5,7 +5,7 @@ Text -> token shards in data/NAME (the format is data.py's).
     python prepare.py lis                                             prefix longest increasing subsequences, as bytes
     python prepare.py shakespeare --input ../texts/input.txt          any text files or folders of them
     python prepare.py mine --input a.jsonl.gz --column body           rows of .jsonl, .csv or .parquet files, packed or not
-    python prepare.py minipile                                        or tinystories, openwebtext, slimpajama, from the hub
+    python prepare.py minipile                                        or tinystories, openwebtext, slimpajama, from Hugging Face
     python prepare.py owner/name --tokenizer gpt2 --source DIR        any other one, here from a local copy
 
 Text files are UTF-8, or have a byte order mark, or --encoding says what they are; <|endoftext|> in them ends a document. The
@@ -53,7 +53,7 @@ HUB = dict(
     openwebtext="Skylion007/openwebtext",
     slimpajama="DKYoon/SlimPajama-6B",  # a sample of 6 billion tokens
 )
-BATCH = 1 << 20  # characters or bytes of text that a worker has at once: enough that the way to it is little
+BATCH = 1 << 20  # characters or bytes of text that a worker gets at once: so many that handing them over costs little
 # a word of a file's name, or a hub split's name -> our split; test text is never trained on
 SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", dev="val", eval="val", test="test",
               testing="test")  # fmt: skip
@@ -63,7 +63,7 @@ END = "<|endoftext|>"
 OPTIONS = ("config", "column", "train", "val", "val_fraction", "encoding", "errors", "raw", "max_tokens", "documents", "seed")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# sources: generators of documents or pieces of them, (split, text, whether a document ends here); hub() of batches of these
+# sources: generators of documents or pieces of them, (split, text, whether a document ends here); hub() yields batches of these
 
 
 def pydoc(args):
@@ -104,8 +104,9 @@ def lis(args):
 
 def input_files(given):
     """
-    The files of --input and the split of each: train, val, test, or None where neither its name nor, below a given folder, its
-    folder has such a word. In folders these are .txt and .md files or, where there are none, files of rows. Prints them.
+    {file of --input: its split}: train, val, test, unused, or None if neither its name nor that of a folder below the given
+    one has such a word. A given folder stands for its .txt and .md files or, if there are none, its files of rows. Prints the
+    choice. Raises UserError for files that are missing, given twice, or all for validation or tests.
     """
     splits = {}
     for path in map(Path, map(os.path.expanduser, given)):
@@ -125,10 +126,10 @@ def input_files(given):
             splits[file] = next((words.pop() for words in said if len(words) == 1), None)
     if len({path.resolve() for path in splits}) < len(splits):
         raise UserError("--input has a file more than once, by several names: the same text must not be in both splits")
-    if len(splits) == 1:  # its name decides nothing
+    if len(splits) == 1:  # a single file is divided, whatever its name
         splits = dict.fromkeys(splits)
     if splits and {*splits.values()} <= {"val", "test"}:
-        raise UserError("by their names all files of --input are for validation or tests: rename those to train on")
+        raise UserError("by their names all files of --input are for validation or tests: rename the files to train on")
     if "val" in splits.values():  # then other files are for training, or stay out where one is called train
         splits = {path: split or ("unused" if "train" in splits.values() else "train") for path, split in splits.items()}
     shown = {None: "divided into train and val", "test": "left out: test text is never trained on",
@@ -143,7 +144,7 @@ def input_files(given):
 
 
 def kind(path):
-    """A file's last suffix in small letters, that of packing aside."""
+    """A file's last suffix in lower case, after suffixes of compression such as .gz are dropped."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".bz2", ".xz", ".zst")]
     return suffixes[-1] if suffixes else ""
 
@@ -151,7 +152,7 @@ def kind(path):
 def text_files(args):
     """
     Text files, or every .txt and .md below a folder. Their names choose their splits. If no file is for validation, the end of
-    all training text is held out: the last tenth, or --val_fraction, from a line end on where there is one.
+    all training text is held out: the last tenth, or --val_fraction, cut at a line end if possible.
     """
     splits = {path: split for path, split in args.files.items() if split not in ("test", "unused")}
     with tempfile.TemporaryDirectory() as scratch:
@@ -216,7 +217,7 @@ def bad_byte(path, position, error):
 
 
 def cut_near(path, position):
-    """The first byte of a line at or after position or, if there is none but the end, of a character."""
+    """Where the first line at or after position begins or, if none does before the end, the first character."""
     with open(path, "rb") as file:
         file.seek(max(position - 1, 0))
         line = position if position == 0 else position - 1 + len(file.readline())
@@ -228,9 +229,9 @@ def cut_near(path, position):
 
 def pieces(path, start, stop, name=None, size=1 << 14):
     """
-    The bytes of a UTF-8 file from start to stop as texts of about `size` bytes, each with whether it is the last. Cuts come
-    before a space that follows a printable character (its last byte is ASCII, or one in which no white space ends): no pattern
-    of tiktoken's reaches across. Raises UserError, with the name, for a byte that is not UTF-8.
+    The bytes of a UTF-8 file from start to stop as texts of about `size` bytes, each with whether it is the last. A cut
+    comes before a space that follows a printable character: no pattern of tiktoken's matches across it. (The character's last
+    byte is printable ASCII or at least 0xb0: no white space ends so.) Raises UserError with name for a byte that is not UTF-8.
     """
     with open(path, "rb") as file:
         while start < stop:
@@ -251,9 +252,9 @@ def pieces(path, start, stop, name=None, size=1 << 14):
 
 def hub(args):
     """
-    Batches of documents, the rows of a data set of the hub, of a local copy of one, or of files of rows: its splits train and
-    validation, or those of --train and --val. If there is none for validation, one document in 2,000 is held out, or as many
-    as --val_fraction says, and at least one.
+    Batches of documents: the rows of a Hugging Face data set, of a local copy of one, or of files of rows. It reads the splits
+    train and validation, or those of --train and --val. If there is none for validation, it holds out one document in 2,000, or
+    the share --val_fraction, and at least one.
     """
     import datasets
 
@@ -342,7 +343,7 @@ class Rows:
 
 
 def every(fraction):
-    """One document in how many is this fraction of them."""
+    """The n, at least 2, for which one document in n is about this fraction of them."""
     return max(2, round(1 / fraction))
 
 
@@ -369,7 +370,7 @@ def batches(documents):
 
 
 def start_worker():
-    """In a worker: leave Ctrl-C to the process that feeds it, and end when that is killed, which its queue does not tell."""
+    """In a worker: ignore Ctrl-C, which the main process handles, and end if that is killed: the queue does not report it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():
@@ -381,8 +382,8 @@ def start_worker():
 
 def encode(tokenizer, dtype, marks, batch):
     """
-    In a worker: for each split its tokens, as dtype, and its documents, bytes and rows without text in this batch. marks: the
-    text of the end-of-text token is that token.
+    In a worker: for each split of this batch, its tokens, as dtype, and the counts of its documents, its bytes and its rows
+    without text. marks: the text <|endoftext|> becomes the end-of-text token.
     """
     encoding, done = get_tokenizer(tokenizer), collections.defaultdict(lambda: ([], collections.Counter()))
     end = np.array([encoding.eot_token])
@@ -392,7 +393,7 @@ def encode(tokenizer, dtype, marks, batch):
             count["without text"] += 1
             continue
         if marks and ends and END in text and not text.rpartition(END)[2].strip():
-            text = text[: text.rindex(END) + len(END)]  # a line end behind the last mark is no document
+            text = text[: text.rindex(END) + len(END)]  # a line end after the last mark is no document
         ids = encode_text(encoding, text, {END} if marks else set())
         tokens.append(ids)
         marked = np.count_nonzero(ids == encoding.eot_token) if marks else 0
@@ -406,7 +407,7 @@ def encode(tokenizer, dtype, marks, batch):
 
 
 def encode_text(encoding, text, special, size=10_000):
-    """The tokens of a text. What tiktoken's patterns cannot bear, a million spaces, is taken in parts of `size` characters."""
+    """The tokens of a text. If tiktoken's patterns fail, as on a million spaces, it takes parts of `size` characters."""
     try:
         return encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
     except BaseException as error:  # a panic of its Rust code is no Exception
@@ -441,14 +442,14 @@ def main(arguments):
     parser.add_argument("--column", default="text", help="the column of rows that holds the text")
     parser.add_argument("--train", nargs="+", default=[], metavar="SPLIT", help="hub splits to train on (default: train)")
     parser.add_argument("--val", nargs="+", default=[], metavar="SPLIT", help="hub splits to validate on (default: validation)")
-    parser.add_argument("--val_fraction", type=float, help="what is held out where no split or file is for it (default: 0.1 of "
-                        "text files, 0.0005 of rows)")  # fmt: skip
+    parser.add_argument("--val_fraction", type=float, help="share to validate on if no split or file is for it (default: 0.1; "
+                        "lis 0.05, rows 0.0005)")  # fmt: skip
     parser.add_argument("--encoding", help="of text files (default: UTF-8, or as a byte order mark says)")
     parser.add_argument(
         "--errors", choices=("strict", "replace"), default="strict", help="what to do with bytes that are no text"
     )
     parser.add_argument("--raw", action="store_true", help=f"keep {END} in text files as text")
-    parser.add_argument("--max_tokens", type=int, help="stop when the training split has this many")
+    parser.add_argument("--max_tokens", type=int, help="end the training split after this many tokens")
     parser.add_argument("--tokenizer", help="bytes or a tiktoken name (default: gpt2 for rows, else bytes)")
     parser.add_argument("--out", metavar="DIR", default="data", help="the folder that NAME/ goes into")
     parser.add_argument("--overwrite", action="store_true", help="replace finished data of the same name made from other text")
@@ -485,7 +486,7 @@ def main(arguments):
 
 
 def clear(folder, lock=False):
-    """Delete what prepare writes into a folder, meta.json first, and nothing else; with lock, also that and an empty folder."""
+    """Delete what prepare writes into a folder, meta.json first, nothing else; with lock, also the lock and an empty folder."""
     ours = re.compile(r"(meta\.json|(train|val)_\d{3,}\.npy)(\.tmp)?" + "|lock" * lock)
     for path in sorted(path for path in folder.iterdir() if path.is_file() and ours.fullmatch(path.name)):
         path.unlink()
@@ -503,7 +504,7 @@ def finished(folder):
 
 
 def prepare(args):
-    """Write the shards and then meta.json beside what is there, and then put them in its place."""
+    """Write the shards and then meta.json into a folder beside the old data, and then move them into its place."""
     started, args.files = time.time(), input_files(args.input) if args.input else {}
     rows = {kind(path) in TABLES for path in args.files}
     if len(rows) > 1:
@@ -527,7 +528,7 @@ def prepare(args):
     partial = Path(f"{folder}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with lock(partial, "wait for its end, or choose another name"):
-        clear(partial)  # of what a run that was killed has left
+        clear(partial)  # delete what a killed run left
         try:
             meta = write_shards(args, tokenizer, encoding, dtype, partial, itertools.chain([first], work), source is text_files)
             meta |= dict(name=args.name) | made_of
@@ -537,7 +538,7 @@ def prepare(args):
         except BaseException:
             clear(partial, lock=True)
             raise
-        # from here on there is no way back: Ctrl-C waits, and what cannot be moved stays where it is
+        # from here on there is no way back: Ctrl-C waits, and a file that cannot be moved stays where it is
         interrupted = []  # not by a mask: another thread would take the signal
         handler = signal.getsignal(signal.SIGINT)
         if handler is not signal.SIG_IGN:
@@ -572,13 +573,13 @@ def write_shards(args, tokenizer, encoding, dtype, folder, work, marks):
         return (batch for batch in work if room > 0 or (batch.split == "val" if isinstance(batch, Rows) else True))
 
     context = multiprocessing.get_context("spawn")  # fork would copy the threads that read hub data
-    ahead = 16 * args.workers  # enough to tokenize while a shard is written; 16 MB of text a worker
+    ahead = 16 * args.workers  # enough to tokenize while a shard is written; 16 MB of text per worker
     progress = tqdm(unit="B", unit_scale=True, desc=args.name, disable=None)
     with progress, ProcessPoolExecutor(args.workers, context, start_worker) as pool:
         for done in in_order(pool, functools.partial(encode, tokenizer, dtype, marks and not args.raw), wanted(), ahead):
             full = room <= 0
             for split, (tokens, count) in done.items():
-                if full and (split == "train" or count["held out"]):  # which would depend on how many batches are ahead
+                if full and (split == "train" or count["held out"]):  # otherwise val would depend on how many batches are ahead
                     continue
                 if split == "train":
                     if len(tokens) > room:

@@ -4,7 +4,7 @@ Text from a checkpoint, on standard output, as it is generated.
     python sample.py --out_dir=out/demo --start="The module" --num_samples=2 --temperature=0.8
     python sample.py --init_from=gpt2 --start="The answer is"
 
---start=FILE:prompt.txt takes the prompt from a file; an empty one starts a new document. <|endoftext|> in a prompt ends a
+--start=FILE:prompt.txt takes the prompt from a file; an empty prompt starts a new document. <|endoftext|> in a prompt ends a
 document.
 """
 
@@ -28,7 +28,7 @@ from model import GPT, GPTConfig
 @dataclass
 class Config:
     out_dir: PathName = "out"  # folder of the checkpoint
-    ckpt: str = "best.pt"  # its file in there: best.pt, of least validation loss, or ckpt.pt, the latest
+    ckpt: str = "best.pt"  # the checkpoint's file: best.pt (least validation loss) or ckpt.pt (the latest)
     init_from: PathName = "resume"  # resume: the checkpoint; X.pt: another; gpt2, gpt2-xl, ... or a folder: released weights
     start: str = ""  # the prompt, or FILE:path of one
     num_samples: int = 1  # texts to generate
@@ -54,7 +54,7 @@ class Config:
 
 
 def load(cfg, device):
-    """The model and its tokenizer. Raises UserError."""
+    """The model and its tokenizer. Raises UserError if they cannot be loaded."""
     choices = {} if cfg.n_loop is None else dict(n_loop=cfg.n_loop)
     if cfg.init_from == "resume" or cfg.init_from.endswith(".pt"):
         path = os.path.join(cfg.out_dir, cfg.ckpt) if cfg.init_from == "resume" else cfg.init_from
@@ -74,12 +74,12 @@ def prompt(start):
                 return file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the prompt {start}: {error}") from None
-    # surrogates are what the shell made of other input
+    # bytes that are not UTF-8 are surrogates here; they become "?"
     return start.encode(errors="replace").decode()
 
 
 class Writer:
-    """The text of tokens as they come, in whole characters; those that are no text are left out."""
+    """The text of tokens as they come, in whole characters; it leaves out tokens that have no text."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
@@ -94,7 +94,7 @@ def main(arguments):
     model, tokenizer = load(cfg, pick_device(cfg.device))
     tokens = tokenizer.encode(prompt(cfg.start), allowed_special={"<|endoftext|>"}, disallowed_special=())
     if (largest := max(tokens, default=0)) >= model.config.vocab_size:
-        raise UserError(f"the prompt has the token {largest}, the model knows {model.config.vocab_size}: ask something else")
+        raise UserError(f"the prompt has the token {largest}, the model knows {model.config.vocab_size} tokens: try another")
     idx = torch.tensor([tokens or [tokenizer.eot_token]], device=model.lm_head.weight.device)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
@@ -105,7 +105,7 @@ def main(arguments):
     print(writers[0].text(tokens), end="", flush=True)
     choices = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, stop=tokenizer.eot_token)
     new = model.stream(idx.repeat(cfg.num_samples, 1), cfg.max_new_tokens, **choices)
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the texts, not what there is of them
+    with contextlib.suppress(KeyboardInterrupt):  # after Ctrl-C it prints the texts as far as they are
         for column in new:
             for row, token in zip(rows, column[:, 0].tolist(), strict=True):
                 row.append(token)

@@ -1,16 +1,16 @@
 """
-Train a GPT whose layers are optimizer steps. Knobs come from TOML files and --key=value, the later winning:
+Train a GPT whose layers are optimizer steps. Knobs come from TOML files and --key=value; the later one wins:
 
     python train.py config/demo.toml
     python train.py config/demo.toml --variant=MHA --out_dir=out/mha
     torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --batch_size=4 --gradient_accumulation_steps=2
 
-It reads data/DATASET (see prepare.py) and writes out_dir/ckpt.pt, the latest state, out_dir/best.pt, the state of least
-validation loss, and out_dir/metrics.jsonl, a JSON object a line. Batches and dropout are functions of the seed, the
-step and the process alone, so a run that is stopped and resumed (--init_from=resume) becomes what it would have been.
+It reads data/DATASET (see prepare.py) and writes to out_dir: ckpt.pt (the latest state), best.pt (the state of least
+validation loss) and metrics.jsonl (one JSON object per line). Batches and dropout depend only on the seed, the step and
+the process, so a run that is stopped and resumed (--init_from=resume) ends as if it had never stopped.
 SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP stop it after the step in progress, with a checkpoint.
 
-The loop is train(), at the end of this file. What a run reports, saves and refuses is in log.py, checkpoint.py and guard.py.
+The loop is train(), at the end of this file. log.py reports, checkpoint.py saves, guard.py handles errors and signals.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ class Config(GPTConfig):
     vocab_size: int | None = None  # rows of the token table; None: as many as the tokenizer has
     # the run
     out_dir: PathName = "out"  # folder of the checkpoints and metrics
-    any_tokenizer: bool = False  # start from weights of another tokenizer than the data's, whose tokens mean other things
+    any_tokenizer: bool = False  # allow weights made with another tokenizer than the data's: their tokens mean other things
     init_from: PathName = "scratch"  # scratch; resume: out_dir/ckpt.pt; X.pt: weights of another run; gpt2, gpt2-medium, ...
-    overwrite: bool = False  # start anew where out_dir holds a run of more steps
+    overwrite: bool = False  # start anew even if out_dir holds a run of more steps
     dataset: str = "openwebtext"  # folder below data/
     data_dir: PathName = "data"  # folder that holds the data sets
     seed: int = 1337  # of the initial weights, the order of the data and dropout
@@ -51,10 +51,10 @@ class Config(GPTConfig):
     eval_iters: int = 200  # batches in an evaluation
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # steps from one line of the log to the next
-    logger: Literal["", "wandb", "trackio"] = ""  # where to log as well
-    logger_project: str = "nanodescent"  # the project there
-    logger_name: str = ""  # the run's name there; none: out_dir
-    on_spike: Literal["report", "stop"] = "report"  # when the loss is over twice its running mean 3 steps in a row
+    logger: Literal["", "wandb", "trackio"] = ""  # a tracker to log to as well; empty: none
+    logger_project: str = "nanodescent"  # the project in the tracker
+    logger_name: str = ""  # the run's name in the tracker; empty: out_dir
+    on_spike: Literal["report", "stop"] = "report"  # what to do when the loss is over twice its running mean for 3 steps
     verify: bool = False  # check the sha256 of all shards before the first step; False: of a sample of large data
     # the batch
     batch_size: int = 12  # sequences in a micro-batch
@@ -62,7 +62,7 @@ class Config(GPTConfig):
     # the optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with AdamW for the rest
     learning_rate: float = 6e-4  # highest rate
-    scalar_learning_rate: float | None = None  # the same for learned scalars; None: five times learning_rate, as [Zimin]
+    scalar_learning_rate: float | None = None  # highest rate of learned scalars; None: five times learning_rate, as in [Zimin]
     weight_decay: float = 0.1  # of matrices and embeddings
     beta1: float = 0.9  # AdamW's first moment
     beta2: float = 0.95  # AdamW's second moment
@@ -102,9 +102,9 @@ def model_config(cfg, **others):
 
 class Muon(torch.optim.Muon):
     """
-    torch's with another step. Each of the n matrices that a parameter stacks, as c_attn does q, k and v, has its own update
-    (`stacked`). And where a processor has no instructions for bfloat16, in which torch's step multiplies, it multiplies in
-    float32, which is fifteen times as fast there.
+    torch.optim.Muon with another step. A parameter may stack n matrices, as c_attn stacks q, k and v: each gets its own
+    update (`stacked` has the n). torch's step multiplies in bfloat16; where a processor has no instructions for it, this step
+    multiplies in float32, which is fifteen times as fast there.
     """
 
     @torch.no_grad()
@@ -130,8 +130,8 @@ class Muon(torch.optim.Muon):
 
 def optimizers(model, cfg, device):
     """
-    The optimizers of a model. Each parameter group has a `peak`, its share of the schedule: matrices and embeddings with
-    weight decay, biases and norms without, learned scalars at their own rate.
+    The optimizers of a model. The rate of a parameter group is its `peak` times the schedule's. The groups are: matrices and
+    embeddings, with weight decay; biases and norms, without; learned scalars, at a rate of their own.
     """
     scalars = {p for m in model.modules() if isinstance(m, Scalar) for p in m.parameters()}
     hidden = {p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"}
@@ -164,7 +164,7 @@ def learning_rate(step, cfg):
 
 
 def set_rate(opts, rate):
-    """Give every parameter group its share of the learning rate."""
+    """Give every parameter group its `peak` times this rate."""
     for opt in opts:
         for group in opt.param_groups:
             group["lr"] = rate * group["peak"]
@@ -172,8 +172,8 @@ def set_rate(opts, rate):
 
 class Loss(nn.Module):
     """
-    A model as it is trained: inputs and targets, (B, T) each, to the loss alone. Logits that left a compiled step would cost
-    a gradient of zeros as large as they are.
+    A model as it is trained: it maps inputs and targets, (B, T) each, to the loss alone. If a compiled step returned its
+    logits too, its backward pass would fill a gradient of the same size with zeros.
     """
 
     def __init__(self, model):
@@ -187,7 +187,7 @@ class Loss(nn.Module):
 class Machine:
     """
     Where a run computes: one of `world` processes, its device, and the precision of its matrix products. Raises UserError if
-    the processes cannot share a step, or for a device that is none.
+    the processes cannot share a step, or if there is no such device.
     """
 
     def __init__(self, cfg):
@@ -211,7 +211,7 @@ class Machine:
         if self.distributed:
             dist.init_process_group("nccl" if self.kind == "cuda" else "gloo", timeout=timedelta(seconds=cfg.timeout))
 
-        # precision: short matrix products where the hardware has them, float32 for the weights and the residual stream
+        # precision: matrix products in a short dtype if the hardware has one, float32 for the weights and the residual stream
         if self.kind == "cpu":
             keep_memory()
         if self.kind == "cuda":
@@ -245,8 +245,8 @@ class Machine:
 
     def prepare(self, model, data, compile):
         """
-        The model's Loss as it runs on this Data: its gradients averaged over processes, and compiled, if asked for and if it
-        works. The compiler sees the exchange of gradients and cuts its graph there, so that it begins within the backward pass.
+        The model's Loss, ready to run on this Data: with gradients averaged over the processes, and compiled if asked for and
+        possible. The compiler cuts its graph where gradients are exchanged: so the exchange begins during the backward pass.
         """
         running = Loss(model)
         if self.distributed:
@@ -274,7 +274,7 @@ class Machine:
         return compiled
 
     def alone(self, running):
-        """Where a backward pass exchanges no gradients."""
+        """A context in which a backward pass exchanges no gradients."""
         return running.no_sync() if self.distributed else contextlib.nullcontext()
 
 
@@ -305,8 +305,8 @@ class Data:
 
 def start(cfg, machine, meta, made_with):
     """
-    The model, its optimizers and the Progress of a run: fresh, as its checkpoint has them, or with the weights of another
-    model. Raises UserError if a checkpoint does not fit, or max_iters or vocab_size is too small.
+    The model, its optimizers and the Progress of a run: new ones, those of its checkpoint, or new ones with the weights of
+    another model. Raises UserError if a checkpoint does not fit, or max_iters or vocab_size is too small.
     """
     latest = os.path.join(cfg.out_dir, "ckpt.pt")
     config = model_config(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
@@ -324,7 +324,7 @@ def start(cfg, machine, meta, made_with):
     model = GPT(config).to(machine.device)
     opts = optimizers(model, cfg, machine.kind)
     with checkpoint.fitting(latest if state else cfg.init_from):
-        if weights:  # all of them but the scalars that a donor doesn't have
+        if weights:  # scalars that a donor doesn't have stay as they are
             model.load_state_dict({n: p for n, p in model.state_dict().items() if n.endswith(".raw")} | weights)
         if state:
             for opt, saved in zip(opts, state["optimizers"], strict=True):
@@ -336,7 +336,7 @@ def start(cfg, machine, meta, made_with):
 
 @torch.no_grad()
 def evaluate(model, data, machine, signals):
-    """Mean loss over the validation windows of all processes, in nats per token, and how many signals came to them."""
+    """Mean loss over the validation windows of all processes, in nats per token, and how many signals they got in all."""
     model.eval()
     total, count = 0.0, 0
     for x, y in data.evaluation():
@@ -350,8 +350,8 @@ def evaluate(model, data, machine, signals):
 
 def train(cfg, signals, until_end):
     """
-    One run, from its configuration to its last checkpoint. Once there is something in signals, it stops after the step. What it
-    holds is let go by until_end, an ExitStack.
+    One run, from its configuration to its last checkpoint. Once the list `signals` is not empty, it stops after the step in
+    progress. until_end, an ExitStack, releases what it holds.
     """
     machine = Machine(cfg)
     data = Data(cfg, machine)
@@ -381,9 +381,10 @@ def train(cfg, signals, until_end):
 
     def give_up(what):
         log.stopped(what)
-        kept = "there is no checkpoint yet" if saved is None else f"{latest} is as it was after {saved} steps"
-        advice = "go on with --init_from=resume, a lower learning_rate and a longer warmup_iters"
-        raise UserError(f"step {run.step}: {what}: stopped before the update. {kept}: {advice}")
+        again = f"{latest} is as it was after {saved} steps: go on with --init_from=resume,"
+        if saved is None:
+            again = "There is no checkpoint yet: start again with"
+        raise UserError(f"step {run.step}: {what}: stopped. {again} a lower learning_rate and a longer warmup_iters")
 
     model.train()
     log.begin()
@@ -445,7 +446,7 @@ def train(cfg, signals, until_end):
 
     log.finish()
     if machine.distributed:
-        del running  # first: as the last owner of the process group it would wait for gloo's threads, and they for Python
+        del running  # before the group: its last owner waits for gloo's threads, and these may wait for Python
         dist.destroy_process_group()
 
 

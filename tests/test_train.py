@@ -381,7 +381,7 @@ def test_weights_of_another_tokenizer_are_refused(data, trained, tmp_path, gpt2_
     state = checkpoint.load(trained / "ckpt.pt")
     checkpoint.save(tmp_path, state | dict(tokenizer="cl100k_base"), best=False)
     for donor, name in ((folder, "gpt2"), (tmp_path / "ckpt.pt", "cl100k_base")):
-        with pytest.raises(UserError, match=f"of the tokenizer {name}, the text of bytes: .* --tokenizer {name}"):
+        with pytest.raises(UserError, match=f"has the tokenizer {name}, the text has bytes: .* --tokenizer {name}"):
             fit(data, tmp_path / "out", init_from=donor, max_iters=1)
     assert not (tmp_path / "out").exists()
     fit(data, tmp_path / "out", init_from=tmp_path / "ckpt.pt", n_embd=32, max_iters=1, any_tokenizer=True)
@@ -422,7 +422,7 @@ def test_surgery_on_other_systems(shared):
     new.load_state_dict(weights, strict=False)
     assert "beta" in config.learned
     torch.testing.assert_close(new(idx, idx)[0], donor(idx, idx)[0], rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="nothing undoes its"):
+    with pytest.raises(UserError, match="surgery cannot undo its"):
         checkpoint.surgery(GPTConfig(variant="NagMHA", block_size=donor.config.block_size), asdict(donor.config), {})
     with pytest.raises(UserError, match="extra tables"):
         checkpoint.surgery(asked, asdict(tiny("EmbedControl").config), {})
@@ -492,7 +492,7 @@ def test_nanogpts_checkpoints_are_no_runs_of_ours(data, tmp_path, capsys):
     nanogpts(tmp_path / "ckpt.pt", tiny(vocab_size=50304, n_embd=4))
     with pytest.raises(UserError, match="is nanoGPT's, and cannot be resumed: .*--init_from="):
         fit(data, tmp_path, init_from="resume")
-    with pytest.raises(UserError, match="no checkpoint at .*best.pt, only .*ckpt.pt: take it with --ckpt=ckpt.pt"):
+    with pytest.raises(UserError, match="no checkpoint at .*best.pt, only .*ckpt.pt: take that one .*--ckpt=ckpt.pt"):
         sample.main([f"--out_dir={tmp_path}"])
     sample.main([f"--init_from={tmp_path / 'ckpt.pt'}", "--start=a", "--max_new_tokens=1"])
     assert capsys.readouterr().out.startswith("a")
