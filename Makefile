@@ -12,11 +12,11 @@ demo: .venv/core
 test: .venv/dev
 	$(PYTEST) -m "not slow"
 
-# the slow ones after the others: processes that are killed, two of them at once, compilers, the README's commands
+# then also the slow tests: killed processes, two processes at once, compilers, the README's commands
 test-all: test
 	$(PYTEST) -m slow
 
-# speed; NANOGPT=DIR, a clone of github.com/karpathy/nanoGPT, and SOURCE=DIR, text in MiniPile's layout, complete it
+# speed; for all of it give NANOGPT=DIR, a clone of github.com/karpathy/nanoGPT, and SOURCE=DIR, text in MiniPile's layout
 bench: .venv/dev
 	$(BIN)/python -m experiments.bars --compile $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(SOURCE),--source $(SOURCE))
 

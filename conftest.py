@@ -1,7 +1,7 @@
 """
 What the tests share: tiny models, tiny runs, commands as a user runs them, and where the real data lies.
 
-One thread a process, since the models are tiny, and threads that wait for each other cost more than they give.
+One thread per process: the models are tiny, and threads that wait for each other cost more than they give.
 """
 
 import json
@@ -70,7 +70,7 @@ def assert_same_tensors(a, b):
 
 
 def tiny(variant="MHA", seed=0, noise=0.0, **choices):
-    """A model of 2 layers over bytes, with noise away from its initialisation, where many terms vanish."""
+    """A model of 2 layers over bytes; noise moves it away from its initialisation, where many terms vanish."""
     torch.manual_seed(seed)
     sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=257)
     model = GPT(GPTConfig(variant=variant, **sizes | choices)).eval()
@@ -81,14 +81,14 @@ def tiny(variant="MHA", seed=0, noise=0.0, **choices):
 
 
 def save_run(folder, model, best=True, **more):
-    """The checkpoint of a run that ended with this model, as far as other programs read it."""
+    """Save the checkpoint of a run that ended with this model, with the fields that other programs read."""
     state = dict(model=model.state_dict(), model_config=asdict(model.config), tokenizer="bytes", step=7)
     Path(folder).mkdir(exist_ok=True)
     checkpoint.save(folder, state | more, best)
 
 
 def save_tokens(folder, vocab_size=257, **splits):
-    """A data set in folder with so many random tokens in each of its splits."""
+    """Save a data set in folder; splits: how many random tokens each of them has."""
     shards = dict(train=[], val=[])
     for i, (split, n) in enumerate(splits.items()):
         writer = Writer(folder, split, np.uint16, n)
@@ -100,7 +100,7 @@ def save_tokens(folder, vocab_size=257, **splits):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A data set of 3,000 bytes: an epoch is 84 windows, 10.5 steps."""
+    """A data set of 2,978 bytes: an epoch is 83 windows, 10.4 steps."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(1, 140)))
     run("prepare.py", "squares", "--input", folder / "text.txt", "--out", folder)
@@ -109,7 +109,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
-    """The folder of a run of 60 steps on it."""
+    """The folder of a run of 60 steps on `data`."""
     out = tmp_path_factory.mktemp("trained")
     fit(data, out, max_iters=60, eval_interval=60, n_embd=32, dropout=0)
     return out

@@ -1,8 +1,8 @@
 """
 The mathematics of model.py, against autograd of the energies, naive recurrences and another library.
 
-EQUATIONS holds, for every value of every axis, what the model must compute, written as plainly as it can be. A new value needs
-one too: a test asks for it. A new row of VARIANTS needs golden losses, which `python test_model.py NAME` prints.
+EQUATIONS holds, for every value of every axis, what the model must compute, as plainly as possible. A new value needs its
+equation there: a test asks for it. A new row of VARIANTS needs golden losses, which `python test_model.py NAME` prints.
 """
 
 import functools
@@ -265,7 +265,7 @@ def weights_of(energy, s):
 
 
 def huber_free_energy(s, T, delta):
-    """Of s_j = -|q - k_j|^2 / 2."""
+    """HuberMHA's free energy as a function of s_j = -|q - k_j|^2 / 2."""
     return -T * torch.logsumexp(-F.huber_loss((-2 * s).sqrt(), 0 * s, reduction="none", delta=delta) / T, 0)
 
 
@@ -276,7 +276,7 @@ def newton_step(attend, q, k, v, tau):
 
 
 def attention(attn, x):
-    """A query at a time."""
+    """What the equations make of attention, one query at a time."""
     c = attn.config
     T = math.sqrt(c.n_embd / c.n_head)
     q, k, v = F.linear(x, attn.c_attn.weight, attn.c_attn.bias).unflatten(2, (3, c.n_head, -1)).permute(2, 0, 3, 1, 4)
@@ -313,7 +313,7 @@ def cem_energy(attn, x, context, i):
 
 
 def descended(sublayer, x, step):
-    """inner_steps steps from x, each preconditioned and scaled, as one; step: minus the gradients at any point."""
+    """The sum of inner_steps steps from x, each preconditioned and scaled; step(y): minus the gradients at any y."""
     c, P, etas, at = sublayer.config, torch.eye(x.size(-1), dtype=x.dtype), [1.0], x
     if c.precond_rank:
         P = F.softplus(sublayer.precondition.a.raw).diag() + sublayer.precondition.U @ sublayer.precondition.U.T
@@ -355,7 +355,7 @@ def drift(rule, x, v):
     return x + rule.eta() * v, v
 
 
-def nesterov(rule, x, v, g, i, n):
+def nesterov(rule, x, v, g, i):
     """The first of the iterations towards v' = N(beta v + g(x + eta v')) is the look-ahead."""
     mu = rule.eta() * rule.beta() if rule.mu is None else rule.mu()
     implicit = lambda y: drift(rule, x, N(rule, rule.beta() * v + g(y)))  # noqa: E731
@@ -365,14 +365,14 @@ def nesterov(rule, x, v, g, i, n):
     return y, ahead
 
 
-def adam(rule, x, v, g, i, n):
+def adam(rule, x, v, g, i):
     """Adam's own two averages, of all gradients so far; the second starts at 1, the first at the velocity before the stack."""
     m, s = (v, 1.0) if i == 0 and not isinstance(v, tuple) else v
     m, s = m + (1 - rule.beta()) * (g(x) - m), s + (1 - 0.9) * (g(x) ** 2 - s)
     return x + rule.gamma[0]() * N(rule, m / (s**0.5 + 1e-6)), (m, s)
 
 
-def dense(rule, x, v, g, i, n):
+def dense(rule, x, v, g, i):
     v = [*v, g(x)] if i else [g(x)]
     return x + sum(w * direction for w, direction in zip(rule.w(), v, strict=True)), v
 
@@ -417,13 +417,13 @@ EQUATIONS = dict(
         newton=newton_step,
         light=lambda attend, q, k, v, tau: attend(q + tau * (attend(q, k) - q), v),
     ),
-    momentum=dict(  # the rule, x, v, g, the number of this step of n such steps of the stack -> x, v
-        none=lambda rule, x, v, g, i, n: (x + g(x), v),
-        polyak=lambda rule, x, v, g, i, n: drift(rule, x, N(rule, rule.beta() * v + g(x))),
+    momentum=dict(  # rule, x, v, g, i: the i-th of the stack's such steps, from 0 -> x, v
+        none=lambda rule, x, v, g, i: (x + g(x), v),
+        polyak=lambda rule, x, v, g, i: drift(rule, x, N(rule, rule.beta() * v + g(x))),
         nesterov=nesterov,
         adam=adam,
         dense=dense,
-        sums=lambda rule, x, v, g, i, n: (x + rule.weight * g(x), v),
+        sums=lambda rule, x, v, g, i: (x + rule.weight * g(x), v),
     ),
     momentum_on=dict(attention=lambda asked, A: asked == [A], both=lambda asked, A: True),  # whether a step is the momentum's
     splitting=dict(lie_trotter=lambda A, M: [[A], [M]], euler=lambda A, M: [[A, M]], strang=lambda A, M: [[A], [M], [A]]),
@@ -441,7 +441,7 @@ EQUATIONS = dict(
 )
 # the energies whose o is a sum over the past and not a mean, so it is divided by the root of its number of terms
 SUMS = {"linear", "gated_linear"}
-# what a value needs beside it to say something
+# what else to choose so that a value is legal and changes the output
 BESIDE = {
     ("momentum_on", "both"): dict(momentum="nesterov"),
     ("momentum", "adam"): dict(eta=None),
@@ -456,7 +456,7 @@ BESIDE = {
 
 @torch.no_grad()
 def by_the_equations(model, idx):
-    """The logits."""
+    """The logits as EQUATIONS make them from the model's weights."""
     c, t = model.config, model.transformer
     eq = {axis: values[getattr(c, axis)] for axis, values in EQUATIONS.items()}
     at, norm = eq["backbone"]["positions"], eq["backbone"]["norm"]
@@ -465,20 +465,20 @@ def by_the_equations(model, idx):
     if c.momentum == "none":
         x, v = x + v, 0.0
     for _ in range(c.n_loop):
-        i, n = 0, sum(type(rule) is not RULES["none"] for b in t.h for rule in b.rules)
+        i = 0
         for b in t.h:
             A, M = (lambda y, b=b: attention(b.attn, norm(b.ln_1, y))), (lambda y, b=b: mlp(b.mlp, norm(b.ln_2, y)))
             for rule, asked in zip(b.rules, eq["splitting"](A, M), strict=True):
-                # adam's is no part of g; the residual connection has none, and half a step where attention is asked twice
+                # adam's gamma is no part of g; the residual connection has none, but half a step where attention is asked twice
                 learns = isinstance(rule, Momentum) and not isinstance(rule, RULES["adam"])
-                half = isinstance(rule, RULES["none"]) and c.splitting == "strang" and asked == [A]
+                half = type(rule) is RULES["none"] and c.splitting == "strang" and asked == [A]
                 gammas = [gamma() for gamma in rule.gamma] if learns else [0.5 if half else 1.0] * len(asked)
 
                 def g(y, gammas=gammas, asked=asked):
                     return sum(gamma * oracle(y) for gamma, oracle in zip(gammas, asked, strict=True))
 
                 if eq["momentum_on"](asked, A):
-                    x, v = eq["momentum"](rule, x, v, g, i, n)
+                    x, v = eq["momentum"](rule, x, v, g, i)
                     i += 1
                 else:
                     x = x + g(x)
@@ -496,7 +496,7 @@ def test_every_value_of_every_axis_follows_its_equation(axis, value):
 
 @pytest.mark.parametrize("momentum", [name for name, rule in RULES.items() if issubclass(rule, Momentum)])
 def test_a_velocity_follows_its_equation_through_a_deep_looped_normed_stack(momentum):
-    """On both oracles, with a norm and a fixed gamma, in more layers than a coincidence survives."""
+    """On both oracles, with a norm and a fixed gamma, in so many layers that no wrong equation agrees by chance."""
     rounds = dict(n_layer=4, n_loop=2, momentum_on="both", velocity_norm=True, beta=0.6, gamma=0.7)
     rounds |= dict(nesterov=dict(eta=0.8, implicit_steps=3), polyak=dict(eta=0.8, splitting="strang")).get(momentum, {})
     model = tiny(momentum=momentum, **rounds).double()
@@ -505,7 +505,7 @@ def test_a_velocity_follows_its_equation_through_a_deep_looped_normed_stack(mome
 
 
 def test_every_class_and_every_equation_has_its_line():
-    """None is forgotten in RULES or ENERGIES, and no equation is of a value that is not there."""
+    """RULES and ENERGIES have every class, and every equation is for a value that exists."""
 
     def below(cls):
         return {cls}.union(*(below(sub) for sub in cls.__subclasses__() if sub.__module__ == "model"))
@@ -547,7 +547,7 @@ def test_a_velocity_sums_two_oracles_in_float32_under_autocast():
 
 
 def test_implicit_steps_come_to_the_implicit_step():
-    """Of v' = beta v + g(x + eta v') with g(y) = -y, by hand: v' = (beta v - x) / (1 + eta); each is eta times as far off."""
+    """v' = beta v + g(x + eta v') with g(y) = -y is v' = (beta v - x) / (1 + eta); each iteration has eta times the error."""
     off = []
     for steps in (1, 2, 3, 20):
         rule = Nesterov(
@@ -576,7 +576,7 @@ def same_function(a, b, copy=True):
 
 
 def test_rules_contain_each_other():
-    """nu = 1 makes TMMFormer YuriiFormer; mu = 0 makes that PolyakFormer; NagMHA without look-ahead is MomenMHA."""
+    """eta = 1 makes TMMFormer YuriiFormer; mu = 0 makes that PolyakFormer; NagMHA without look-ahead is MomenMHA."""
     triple, yurii = tiny("TMMFormer"), tiny("YuriiFormer")
     for b in triple.transformer.h:
         for rule in b.rules:
@@ -747,7 +747,7 @@ def test_initialisation_is_gpt2s():
 @every_backbone
 @pytest.mark.parametrize("T", [1, 7, 12])
 def test_each_position_depends_on_itself_and_the_past_only(system, backbone, T):
-    """By the gradient of each position's logits in the embeddings: NaN-free, zero after it and not before."""
+    """By the gradient of each position's logits in the embeddings: finite, not 0 up to it and 0 after it."""
     model = tiny(**system | dict(backbone=backbone))
     idx = tokens(model, B=1, T=T)
     embedding = model.transformer.wte(idx).detach().requires_grad_()
@@ -793,7 +793,7 @@ def test_no_graph_breaks(system):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_compiled_reversible_gradients_are_those_of_plain_backprop(dtype, error):
-    """By inductor, in 24 layers, where every difference between the two passes would grow by 1 / beta a step."""
+    """By inductor, in 24 layers, where every difference between the two passes would grow by 1 / beta per step."""
     torch.compiler.reset()
     model = tiny(**REVERSIBLE, n_layer=24, n_embd=32)
     plain = GPT(GPTConfig(**vars(model.config) | dict(reversible=False)))
@@ -807,7 +807,7 @@ def test_compiled_reversible_gradients_are_those_of_plain_backprop(dtype, error)
     assert (gradients[1] - gradients[0]).norm() < error * gradients[0].norm()
 
 
-# they may change only with the mathematics or the initialisation, on purpose; alone they prove nothing
+# change these only when the mathematics or the initialisation changes on purpose; alone they prove nothing
 GOLDEN = {
     "Llama": (3.9013, 3.5909, 3.4129),
     "AdamFormer": (3.891, 3.5381, 3.2579),
@@ -861,7 +861,7 @@ def test_golden_losses(variant):
 
 @every_system
 def test_gradients_in_bfloat16_are_those_in_float32(system):
-    """To 3%, through twelve layers, as they start."""
+    """To 3%, through twelve layers, with the initial weights."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**system, n_layer=12, n_head=2, n_embd=64, block_size=64, vocab_size=50))
     idx, grads = tokens(model, B=1), []
@@ -976,7 +976,7 @@ def test_gates_and_states_stay_float32_under_autocast():
 
 
 def test_a_state_adds_up_small_numbers_under_autocast():
-    """600 times one more, which bfloat16 would round to 256."""
+    """A sum of 600 ones, which bfloat16 would not bring beyond 256."""
     one, S = torch.ones(1, 1, 1, 2), None
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(600):
@@ -994,7 +994,7 @@ def test_linear_attention_in_float16_does_not_overflow():
 @pytest.mark.parametrize("choice", [dict(energy=name) for name in ENERGIES] + [dict(curvature=name) for name in CURVATURES]
                          + [dict(tied=True)])  # fmt: skip
 def test_attention_drops_weights(choice):
-    """Beside the dropout of the residual stream, wherever attention sums weights and not a state."""
+    """Wherever attention has weights and no state, it drops some, apart from the residual stream's dropout."""
     attn = tiny(dropout=0.9, **choice).transformer.h[0].attn.train()
     (attn.dropout if attn.config.tied else attn.resid_dropout).p = 0.0
     x = torch.randn(1, 9, 16)
@@ -1036,7 +1036,7 @@ def test_generate_options():
     model = tiny()
     idx = tokens(model, T=2)
     greedy = model.generate(idx, 8, temperature=0)
-    model(greedy, greedy)[1].backward()  # what is generated can be learned from
+    model(greedy, greedy)[1].backward()  # generated tokens can be learned from, though inference mode made them
     assert torch.equal(model.generate(idx, 8, temperature=1.7, top_k=1), greedy)
     torch.manual_seed(3)
     free = model.generate(idx, 8)

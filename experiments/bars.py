@@ -1,12 +1,12 @@
 """
-The promises of speed, each beside what is measured here, by the means of experiments.bench:
+The promises of speed, and the numbers that experiments.bench's functions measure for them here:
 
     python -m experiments.bars --nanogpt ../nanoGPT --source DIR --compile
-    python -m experiments.bars training starting --margin 2        some of them, and an error for what misses its bar twofold
+    python -m experiments.bars training starting --margin 2        some parts; an error if a bar is missed by a factor over 2
 
-The last line is an error if anything misses its bar by more than --margin. The table is added to --out. Times are medians of
-things that alternate. Promises are ratios of these, but a start is a difference, and a new token after a prompt a ratio of
-differences. Memory is that of one step.
+A bar is a number promised. The last line is an error if a number misses its bar by a factor over --margin. The table is added
+to --out. The things to compare run in turn, and a time is a median of rounds. Most numbers are ratios of two times; a start
+is a difference, and a new token after a prompt is a ratio of two differences. Memory is that of one step.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from experiments.bench import BYTES, DEVICE, NANOGPT
 from experiments.records import markdown
 from guard import UserError, cli
 
-# of a card the larger model: in the smaller one the launches of its kernels decide
+# on a card the larger model: the smaller one would measure the launches of kernels
 SIZES = BYTES if DEVICE == "cpu" else dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12)
 GPT30M = BYTES | dict(block_size=512, vocab_size=50304, batch_size=2)
 LINEAR = ("LinearMHA", "GatedLinearMHA")
-COPIES = 20  # of the text to prepare: so many that starting weighs little, as it does in MiniPile
+COPIES = 20  # of the text to prepare: so many that the start costs little time, as with all of MiniPile
 
 
 def sized(args, sizes, **others):
@@ -46,7 +46,7 @@ def sized(args, sizes, **others):
 
 
 def medians(functions, rounds, warm_up=2):
-    """The median of what each function returns, called in turn; of a training step, its last number."""
+    """Medians of what the functions return, called in turn. A training step returns three numbers: the last one counts."""
     found = bench.alternating(dict(enumerate(functions)), rounds, warm_up)
     return [statistics.median(np.atleast_1d(value)[-1].item() for value in values) for values in found.values()]
 
@@ -108,10 +108,10 @@ def positions(args):
             model.generate(torch.zeros(1, past, dtype=torch.long, device=DEVICE), new)
             return bench.synchronized() - began
 
-        # the first token reads the prompt
+        # the call for one token reads the prompt too: its time is subtracted
         calls = [lambda past=past, new=new: generate(past, new) for past in (1, 4000) for new in (1, 201)]
         first, early, prompt, late = medians(calls, args.rounds)
-        yield f"{name}: time of a new token after 4,000 over one after none", (late - prompt) / (early - first)
+        yield f"{name}: time of a new token after 4,000 over one after a single token", (late - prompt) / (early - first)
 
 
 def depth(args):
@@ -130,7 +130,7 @@ def tiktoken_alone(source, part, parts, copies):
     encoding, size = get_tokenizer("gpt2"), sum(map(len, documents))
 
     def tokenize():
-        # anew, as in prepare: a string keeps its UTF-8 once that is made, and a second pass over the same would be faster
+        # new strings each time, as in prepare: Python keeps a string's UTF-8, so a second pass over it would be faster
         texts = [document.decode() for document in documents]
         start = time.perf_counter()
         for text in texts:
@@ -148,7 +148,7 @@ def preparing(args):
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.workers) as pool:
         os.mkdir(f"{folder}/source")
         for i, path in itertools.product(range(COPIES), paths):
-            split, rest = path.name.split("-", 1)  # a name that held its split twice would be read twice
+            split, rest = path.name.split("-", 1)  # a file whose name holds its split twice would be read twice
             os.symlink(path, f"{folder}/source/{split}-{i}-{rest}")
         command = [sys.executable, "prepare.py", "bench", "--tokenizer=gpt2", f"--source={folder}/source", f"--out={folder}"]
         cache = dict(HF_DATASETS_CACHE=f"{folder}/cache")
@@ -160,8 +160,8 @@ def preparing(args):
             return float(result.stdout.split()[-2])
 
         ours, theirs = medians([prepare, lambda: sum(pool.map(lambda one: one(), alone))], args.generations, warm_up=1)
-    yield f"prepare of a data set once loaded: MB/s with {args.workers} worker(s)", ours
-    yield "prepare of a data set once loaded: MB/s over those of tiktoken alone", ours / theirs
+    yield f"preparing a loaded data set: MB/s with {args.workers} worker(s)", ours
+    yield "preparing a loaded data set: MB/s over those of tiktoken alone", ours / theirs
 
 
 def loading(args):
@@ -198,8 +198,8 @@ def starting(args):
     yield "sample.py, one token: seconds beyond importing torch", sample - alone
 
 
-# What is promised of the numbers that are measured above: their sense, and their bars on a CPU and on a CUDA card. What a step
-# gains over nanoGPT's is a matter of the processor, so there the promise is a share of what it can multiply.
+# The promise for each number measured above: its direction, its bar on a CPU and its bar on a CUDA card. How much a step gains
+# over nanoGPT's depends on the CPU. So on a CPU the promise is a share of the FLOP/s of matrix products.
 PROMISES = {
     "training, bytes: share of the FLOP/s of matrix products": (">=", 0.75, None),
     "training, GPT30M: share of the FLOP/s of matrix products": (">=", 0.75, None),
@@ -215,10 +215,10 @@ PROMISES = {
     "GatedLinearMHA: time per token at 4,096 tokens over 1,024": ("<=", 1.1, 1.1),
     "generating 1,000 tokens, MHA: speed over nanoGPT's": (">=", 10.0, 1.0),
     "generating 8 texts at once, MHA: tokens/s over one text's": (">=", 2.0, 4.0),
-    "LinearMHA: time of a new token after 4,000 over one after none": ("<=", 1.1, 1.1),
-    "GatedLinearMHA: time of a new token after 4,000 over one after none": ("<=", 1.1, 1.1),
+    "LinearMHA: time of a new token after 4,000 over one after a single token": ("<=", 1.1, 1.1),
+    "GatedLinearMHA: time of a new token after 4,000 over one after a single token": ("<=", 1.1, 1.1),
     "reversible: peak activation memory of 48 layers over 6": ("<=", 1.3, 1.3),
-    "prepare of a data set once loaded: MB/s over those of tiktoken alone": (">=", 0.9, 0.9),
+    "preparing a loaded data set: MB/s over those of tiktoken alone": (">=", 0.9, 0.9),
     "data: reading a batch over a training step": ("<=", 0.01, 0.05),
     "train.py --help: seconds beyond importing torch": ("<=", 0.5, 0.5),
     "sample.py, one token: seconds beyond importing torch": ("<=", 0.5, 0.5),
@@ -229,11 +229,11 @@ PARTS = dict(training=training, overheads=overheads, flatness=flatness, generati
 
 def main(arguments):
     parser = parser_with(__doc__, nanogpt=None, compile=False, dtype=short_dtype(DEVICE))
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all")
-    parser.add_argument("--source", metavar="DIR", help="preparing: text in the layout of MiniPile; without it, it is left out")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--source", metavar="DIR", help="preparing: text in MiniPile's layout; without --source it is left out")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="preparing: processes that tokenize")
-    parser.add_argument("--rounds", type=int, default=15, help="training steps, and starts of a program")
-    parser.add_argument("--generations", type=int, default=3, help="generated texts, and prepared data sets")
+    parser.add_argument("--rounds", type=int, default=15, help="training steps or program starts per median")
+    parser.add_argument("--generations", type=int, default=3, help="generated texts or prepared data sets per median")
     parser.add_argument("--margin", type=float, default=1.0, help="how far from its bar a ratio may be, as a factor")
     parser.add_argument("--out", default="results/bench.json", help="the list that the result is added to")
     args = parser.parse_args(arguments)
@@ -244,12 +244,12 @@ def main(arguments):
     for folder, holds in (args.source, ""), (args.nanogpt, "model.py"):
         if folder and not os.path.exists(os.path.join(folder, holds)):
             raise UserError(f"{os.path.join(folder, holds)} does not exist: give another --source or --nanogpt")
-    records.Records(args.out)  # or an error, before the work
+    records.Records(args.out)  # if it cannot be read, the error comes before the work
     parts = args.parts or [name for name in PARTS if name != "preparing" or args.source]
     for given, otherwise in (
-        (args.nanogpt, "nanoGPT's place is taken by MHA, run in the same way: --nanogpt gives its own code"),
-        (args.source, "preparing is left out: --source gives it text"),
-        (args.compile, "the promises are of compiled variants, and these are not: --compile"),
+        (args.nanogpt, "MHA takes nanoGPT's place and runs in the same way: --nanogpt DIR takes nanoGPT's own code"),
+        (args.source, "the part preparing is left out: give it text with --source DIR"),
+        (args.compile, "the promises are for compiled variants, and these are not compiled: add --compile"),
     ):
         if not given:
             print(otherwise)

@@ -1,5 +1,5 @@
 """
-What each variant costs, beside nanoGPT.
+What each variant costs, compared with nanoGPT.
 
     python -m experiments.bench steps --peak                                    all variants: training step and its memory
     python -m experiments.bench lengths --variants MHA MHA2nd1st LinearMHA      time per token by sequence length
@@ -7,10 +7,10 @@ What each variant costs, beside nanoGPT.
     python -m experiments.bench loss --vocab_size 50304                         the loss with and without the table of logits
     python -m experiments.bench taylor out/newton                               size of MHA2nd1st's correction by length
 
-What is compared alternates and is given as medians, since times on a busy machine wander together. The row nanoGPT is
-github.com/karpathy/nanoGPT as a user runs it, in a process of its own: on a CPU float32, not compiled and AdamW not fused, on
-CUDA bfloat16, compiled and fused; generation without a cache on both. --nanogpt DIR is a clone of it; without one its place is
-taken by MHA, run in the same way. Results are added to --out, a list in JSON. What is promised of them is in experiments.bars.
+The things to compare run in turn, and a time is a median, since a busy machine slows all of them at once. The row nanoGPT is
+github.com/karpathy/nanoGPT as a user runs it, in a process of its own. On a CPU it is float32, not compiled, with AdamW not
+fused; on CUDA it is bfloat16, compiled and fused; on both it generates without a cache. --nanogpt DIR is a clone of it; without
+one MHA takes its place and runs in the same way. Results are added to --out, a JSON list. experiments.bars has the promises.
 """
 
 import argparse
@@ -55,14 +55,14 @@ POLYAK = dict(momentum="polyak", momentum_on="both", beta=0.9)  # what reversibl
 
 
 def build(args, name, **choices):
-    """The model of a row, a variant's or nanoGPT, and the function of inputs and targets that gives its loss."""
+    """The model of a row, a variant or nanoGPT, and a function from inputs and targets to its loss."""
     torch.manual_seed(0)
     sizes = {size: getattr(args, size) for size in SIZES}
     if name != NANOGPT:
         if DEVICE == "cpu":
             keep_memory()  # as train.py does
         model = GPT(GPTConfig(bias=False, **sizes | dict(variant=name) | choices)).to(DEVICE)
-        loss, whole = Loss(model), not model.config.reversible  # which steps out of the compiler
+        loss, whole = Loss(model), not model.config.reversible  # a reversible model leaves the compiler
         return model, torch.compile(loss, dynamic=False, fullgraph=whole) if args.compile else loss
     if args.nanogpt:
         spec = importlib.util.spec_from_file_location("nanogpt", os.path.join(args.nanogpt, "model.py"))
@@ -70,7 +70,7 @@ def build(args, name, **choices):
         spec.loader.exec_module(nanogpt)
         with contextlib.redirect_stdout(io.StringIO()):
             model = nanogpt.GPT(nanogpt.GPTConfig(bias=False, dropout=0.0, **sizes))
-    else:  # this process is the row's own
+    else:  # the process runs this row alone, so the change reaches no other
         definition.sdpa = F.scaled_dot_product_attention
         model = GPT(GPTConfig(bias=False, **sizes))
     running = torch.compile(model.to(DEVICE), dynamic=False) if DEVICE == "cuda" else model
@@ -78,7 +78,7 @@ def build(args, name, **choices):
 
 
 def synchronized():
-    """The time, with all work on the device done."""
+    """The time after all work on the device is done."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -86,8 +86,8 @@ def synchronized():
 
 def training_step(args, name, loss_of=None, **choices):
     """
-    A function that takes one training step on random tokens; it returns the seconds of forward, backward and all of it.
-    loss_of: a function of the head's inputs, its weight and the targets in place of the model's own.
+    A function that takes one training step on random tokens; it returns the seconds of forward, backward and the whole step.
+    loss_of: computes the loss from the head's inputs, the head's weight and the targets, in place of the model.
     """
     model, running = build(args, name, **choices)
     plain = name == NANOGPT and DEVICE == "cpu"
@@ -123,7 +123,7 @@ def generation(args, name, batch=1):
         idx, start = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE), synchronized()
         if name != NANOGPT:
             model.generate(idx, args.new_tokens, top_k=200)
-        else:  # every token with a pass over all before it
+        else:  # each new token takes a pass over all tokens before it
             for _ in range(args.new_tokens):
                 logits = model(idx[:, -args.block_size :])[0][:, -1]
                 logits[logits < logits.topk(min(200, args.vocab_size)).values[:, -1:]] = -math.inf
@@ -176,7 +176,7 @@ def elsewhere(make, *arguments):
 
 
 def alternating(functions, rounds, warm_up):
-    """{name: [what it returned, a round]}, the functions in turn."""
+    """{name: [what it returned in each round]}; a round calls the functions in turn."""
     torch._dynamo.config.recompile_limit = 8 * len(functions)  # all models share the code of one forward
     for function in tqdm(functions.values(), "warming up", leave=False, disable=None):
         for _ in range(warm_up):
@@ -198,7 +198,7 @@ def rows(make, args, names):
 
 
 def steps(args):
-    """For each row medians in seconds of forward, backward, step and generation; for variants peak memory in MB."""
+    """Median seconds of forward, backward, step and generation for each row; for variants peak memory in MB too."""
     names = [NANOGPT, *args.variants]
     times = alternating(rows(training_step, args, names), args.rounds, warm_up=2)
     result = {}
@@ -219,12 +219,12 @@ def steps(args):
             head.append(title)
             for row in table:
                 row.append(f"{result[row[0]][key]:.3g}" if key in result[row[0]] else "")
-    print(f"{tokens:,} tokens a step\n\n" + markdown(head, table))
+    print(f"{tokens:,} tokens per step\n\n" + markdown(head, table))
     return result
 
 
 def lengths(args):
-    """Microseconds per token of a training step, by variant and length, the tokens of a step being the same; a figure."""
+    """Microseconds per token of a training step by variant and length, at one number of tokens per step; and a figure."""
     tokens = args.batch_size * args.block_size
     sizes = {T: argparse.Namespace(**vars(args) | dict(block_size=T, batch_size=max(1, tokens // T))) for T in args.lengths}
     result = {name: {} for name in args.variants}
@@ -240,7 +240,7 @@ def lengths(args):
     ax.set(xlabel="tokens in a sequence", ylabel="training step, microseconds per token", xscale="log", ylim=0)
     ax.set_xticks(args.lengths, args.lengths)
     ax.minorticks_off()
-    ax.set_title(f"{args.n_layer} layers, width {args.n_embd}, {tokens:,} tokens a step, {DEVICE} {args.dtype}")
+    ax.set_title(f"{args.n_layer} layers, width {args.n_embd}, {tokens:,} tokens per step, {DEVICE} {args.dtype}")
     ax.legend(ncols=2)
     save(fig, os.path.splitext(args.out)[0] + "_lengths.png")
     return result
@@ -266,8 +266,8 @@ def memory(args):
 
 def loss(args):
     """
-    Seconds and peak MB of a step of MHA by how the loss is computed: from all logits, as the model does, or from a chunk
-    of tokens at a time, by torch's linear_cross_entropy and by checkpointing the head. Not compiled.
+    Seconds and peak MB of a step of MHA for three ways to compute the loss: from all logits, as the model does; from a chunk
+    of tokens at a time, by torch's linear_cross_entropy; or by checkpointing the head for each chunk. Not compiled.
     """
     short = getattr(torch, args.dtype)
 
@@ -288,7 +288,7 @@ def loss(args):
 
     ways = {"all logits": whole, "F.linear_cross_entropy": chunked, "checkpointed": checkpointed}
     if not hasattr(F, "linear_cross_entropy"):
-        print(f"torch {torch.__version__} has no F.linear_cross_entropy: left out")
+        print(f"torch {torch.__version__} has no F.linear_cross_entropy: that way is left out")
         del ways["F.linear_cross_entropy"]
     functions = {way: training_step(args, "MHA", function) for way, function in ways.items()}
     result = {way: dict(step=statistics.median(step for *_, step in times))
@@ -303,8 +303,8 @@ def loss(args):
 
 def correction(attn, x):
     """
-    Of MHA2nd1st's attention at x, (1, T, C): |sum_j p_j s_j v_j| / |sum_j p_j v_j| for every head and position, (nh, T), and
-    for tau as learned and tau = 1 the share of weights p_j (1 + tau s_j) that are negative, of all that a position has.
+    Three tensors (nh, T) for MHA2nd1st's attention at x, (1, T, C): |sum_j p_j s_j v_j| / |sum_j p_j v_j|, and the share
+    of weights p_j (1 + tau s_j) that are negative, with tau as learned and with tau = 1; for each head and position.
     """
     q, k, v = (t[0].float() for t in attn.qkv(x))
     T = attn.temperature
@@ -320,8 +320,8 @@ def correction(attn, x):
 @torch.no_grad()
 def taylor(args):
     """
-    Does MHA2nd1st's Taylor correction stay small in long contexts? For the last eighth of the first T positions, T up to
-    block_size, means over layers, heads and --sequences validation windows; and the largest of any layer and head.
+    Does MHA2nd1st's Taylor correction stay small in long contexts? The table has means over the last eighth of the first T
+    positions, over layers, heads and --sequences validation windows; and the largest mean that one head of a layer has.
     """
     if not args.checkpoint:
         raise UserError("bench taylor needs a checkpoint: give the out_dir of a run with --curvature=newton")
@@ -374,7 +374,7 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if unknown := set(args.variants) - set(VARIANTS):
         raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    Records(args.out)  # or an error, before the work
+    Records(args.out)  # if it cannot be read, the error comes before the work
     result = dict(steps=steps, lengths=lengths, memory=memory, loss=loss, taylor=taylor)[args.what](args)
     Records(args.out).add(record(args, args.what, result))  # read again: another command may have added to it
 

@@ -9,7 +9,7 @@ A quarter of an hour on a card: how fast are the models there, are they right, a
     generation    one and eight texts from 124M parameters, beside nanoGPT's
     gradients     every variant's loss and gradient against float64 on the CPU
     cached        every variant's text with its cache and without
-    resumed       every variant's run, stopped, resumed and never stopped, bit for bit
+    resumed       every variant's run, stopped and resumed, against one that never stopped, bit for bit
     short_runs    training in float16, and one process under torchrun
     learning      30M parameters on --dataset with Muon, for as many tokens as the time allows
 
@@ -49,7 +49,7 @@ from model import GPT, VARIANTS, GPTConfig
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = (NANOGPT, "MHA", "NagMHA", "YuriiFormer", "LightMHA2nd1st", "MHA2nd1st", "HuberMHA", "GatedLinearMHA")
 LEARNING = ("MHA", "NagMHA", "MomenMHA", "LightMHA2nd1st", "MHA2nd1st", "YuriiFormer", "EmbedControl")
-# the models: those of health, speed and learning, and those of a rehearsal. Systems that learn share the card's memory
+# models for health, speed and learning, the sections below, and for a rehearsal. Systems that learn share the card's memory
 SMALL = dict(n_layer=4, n_head=2, n_embd=128, block_size=512)
 GPT124M = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12, new_tokens=128)
 GPT30M = dict(block_size=1024, batch_size=8, gradient_accumulation_steps=2, eval_iters=26)  # of config/minipile_30m.toml
@@ -75,7 +75,7 @@ def failed(error):
 
 
 def steps_of(args, name):
-    """A function that takes training steps: seconds of the first and the median one, and the peak of memory in GB."""
+    """A function that takes training steps; it returns the seconds of the first, the median seconds and peak memory in GB."""
     step = bench.training_step(args, name)
 
     def steps():
@@ -97,7 +97,7 @@ def training(args):
     steps, found = {name: bench.elsewhere(steps_of, args, name) for name in TIMED}, {}
     pool, patience = ThreadPoolExecutor(len(TIMED)), time.monotonic() + left(args) / 3
     try:
-        first = {name: pool.submit(step) for name, step in steps.items()}  # in which all compile, each in its process
+        first = {name: pool.submit(step) for name, step in steps.items()}  # the first step of each compiles, all at once
         for name, future in first.items():
             try:
                 found[name] = [future.result(timeout=max(0.0, patience - time.monotonic()))]
@@ -115,7 +115,7 @@ def training(args):
     multiply = bars.matrix_products(args, 8192 if DEVICE == "cuda" else 256)
     flop, tokens = statistics.median(multiply() for _ in range(9)), args.batch_size * args.block_size
     for name, results in found.items():
-        (compiling, *_), (_, *seconds), memory = zip(*results, strict=True)  # the others compiled during the first
+        (compiling, *_), (_, *seconds), memory = zip(*results, strict=True)  # no speed from the first: others still compiled
         config = GPTConfig(
             "MHA" if name == NANOGPT else name, bias=False, **{size: getattr(args, size) for size in bench.SIZES}
         )
@@ -203,7 +203,7 @@ def run(args, folder, **knobs):
 
 
 def resume(args):
-    """A function that stops and resumes a run of every variant: for each, whether it becomes the run that never stopped."""
+    """A function that stops and resumes a run of every variant; it returns whether each becomes the run that never stopped."""
 
     def rows():
         for name in VARIANTS:
@@ -277,8 +277,8 @@ def compare(args, name, steps, seeds, **knobs):
 
 def learning(args):
     steps = args.steps
-    if not steps:  # a short comparison says how long one takes
-        shutil.rmtree("out/learning_short", ignore_errors=True)  # of another time: what is finished would not run again
+    if not steps:  # a short comparison measures how long a step takes
+        shutil.rmtree("out/learning_short", ignore_errors=True)  # an earlier call's: its finished runs would not run again
         seconds, systems = compare(args, "learning_short", 40, [0], eval_interval=40)
         a_step = max(run["per_step"]["seconds"] for (run,) in systems.values())
         starting = seconds - 40 * a_step
@@ -290,7 +290,7 @@ def learning(args):
         for name, runs in systems.items():
             run = runs[n - 1]
             yield f"{name}, seed {n}", {"steps": steps, "loss": run["validation"][-1][1], "GB": run["memory_gb"],
-                                        "tokens/s beside the others": run["tokens_per_second"], "all, s": seconds}  # fmt: skip
+                                        "tokens/s, all at once": run["tokens_per_second"], "all runs, s": seconds}  # fmt: skip
         if n == 1:
             best = min(systems, key=lambda name: systems[name][0]["validation"][-1][1])
             of_best = f"--out_dir=out/learning/{best}-1", "--start=The", "--max_new_tokens=200", "--num_samples=2"
@@ -305,7 +305,7 @@ PARTS = dict(training=training, generation=generation, gradients=gradients, cach
 
 
 def keep(records, title, part, args):
-    """Make the table of a part, and keep each row as it comes. An error ends the table and is its last row."""
+    """Make a part's table and keep each row as it comes. An error is the last row. Returns whether all rows are right."""
     began = time.monotonic()
     table = records.add(dict(title=title, made_with=checkpoint.made_with(DEVICE), rows={}))
     rows = table["rows"]
@@ -327,14 +327,14 @@ def keep(records, title, part, args):
 
 def main(arguments):
     parser = parser_with(__doc__, nanogpt=None, dtype="bfloat16")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all, in this order")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all, in this order")
     parser.add_argument("--minutes", type=float, default=12, help="time for all of it")
     parser.add_argument("--rehearse", action="store_true", help="do it at toy size")
     parser.add_argument("--dataset", default="minipile", help="folder below --data_dir")
     parser.add_argument("--data_dir", default=str(ROOT / "data"))
-    parser.add_argument("--learning_rate", type=float, default=6e-3, help="of learning")
-    parser.add_argument("--seeds", type=int, default=2, help="of learning")
-    parser.add_argument("--steps", type=int, help="of learning; default: as many as the time left is enough for")
+    parser.add_argument("--learning_rate", type=float, default=6e-3, help="highest rate of the part learning")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds of the part learning")
+    parser.add_argument("--steps", type=int, help="of the part learning; default: as many as the time left allows")
     parser.add_argument("--out", default="results/gpu", help="folder of the results")
     args = parser.parse_args(arguments)
     if unknown := set(args.parts) - set(PARTS):

@@ -6,14 +6,14 @@ Several systems, several seeds, one budget: runs of train.py, a table of their l
     python -m experiments.compare fair --systems MHA NagMHA --learning_rates 2e-3 4e-3 8e-3 --seeds 1 2 3 --tokens 2e6
 
 A system is a variant, with overrides behind it; --match=SYSTEM among them sets the width that brings its number of
-parameters nearest to that system's. What follows -- goes to every run. The budget is the same number of training steps
-(the config's max_iters unless --steps says otherwise), of tokens, or of seconds: then the schedule ends when the budget does.
+parameters nearest to that system's. What follows -- goes to every run. All systems have one budget: the config's max_iters, or
+so many --steps, --tokens or --seconds. With one of these three the learning rate's schedule ends when the budget does.
 
-With --learning_rates each system takes the rate that is best for it: by one run for each rate, of --tuning_seed and of
---tuning_share of the budget. The seeds that are reported choose nothing. A rate goes with a min_lr in the config's proportion.
+With --learning_rates each system takes the rate that is best for it. Each rate gets one run that decides this, with
+--tuning_seed and --tuning_share of the budget. The seeds of the table decide nothing. min_lr keeps its ratio to the rate.
 
-Runs live in out/NAME. Finished ones are not run again and interrupted ones go on, so the command can be stopped and
-repeated. Speed is measured by a few steps of each system alone. It writes NAME.md, .png and .json to --out; the last has the
+Runs live in out/NAME. Finished ones do not run again and interrupted ones go on, so you can stop the command and repeat it.
+A few steps of each system alone measure its speed. The command writes NAME.md, .png and .json to --out; the last has the
 curves and all that the other two are made from.
 """
 
@@ -56,8 +56,8 @@ def count(cfg):
 
 def matched(cfg, other):
     """
-    The n_embd that brings cfg's number of parameters nearest to other's: with heads of a multiple of 8, which are fast, if such
-    a width comes within 1%, otherwise of all.
+    The n_embd that brings cfg's number of parameters nearest to other's. Only widths with heads of a multiple of 8 count, which
+    are fast, if one of them comes within 1%; otherwise all widths count.
     """
     n = sum(count(other).values())
 
@@ -89,8 +89,8 @@ def tokens_per_step(cfg):
 
 def progress(folder, cfg):
     """
-    Steps that folder's checkpoint has of just this run; None if it has none or is another's. A knob that train.py did not
-    have when it was written counts as what it did then, and init_from as asked for if the run was resumed.
+    The steps of just this run that folder's checkpoint has; None if there is none, or if it is of another run. A knob that an
+    older train.py did not have counts as what that version did. If the run was resumed, init_from counts as asked for.
     """
     path = os.path.join(folder, "ckpt.pt")
     if not os.path.exists(path):
@@ -110,7 +110,7 @@ def diverged(folder):
 
 
 def run(command, folder, threads):
-    """One run of train.py in a process of its own, or what is left of it; its output in FOLDER.log. Raises UserError."""
+    """One run of train.py in a process of its own, or the rest of it; its output goes to FOLDER.log. Raises UserError."""
     cfg = parse(train.Config, command)
     step = progress(folder, cfg)
     if step == cfg.max_iters or (step is not None and diverged(folder)):
@@ -124,7 +124,7 @@ def run(command, folder, threads):
 
 
 def run_all(commands, jobs):
-    """Runs, {folder: command}, so many at a time. Raises UserError, for all commands before the first run."""
+    """Run all of {folder: command}, `jobs` at a time. Raises UserError; for a wrong command, before the first run."""
     for folder, command in commands.items():
         parse(train.Config, command)
         os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -139,7 +139,7 @@ def run_all(commands, jobs):
 
 
 def speed(records):
-    """Tokens a second: the median over a run's logged steps."""
+    """Tokens per second: the median over a run's logged steps."""
     return statistics.median(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
 
 
@@ -150,7 +150,7 @@ def spike(records):
 
 
 def read_run(command, tokens_per_second=None):
-    """What the table and the figure need of a finished run, as plain values; its speed is its own if none is given."""
+    """What table and figure need of a finished run, as plain values. Its seconds are at tokens_per_second; None: its own."""
     cfg = parse(train.Config, command)
     records, path = read_metrics(cfg.out_dir), os.path.join(cfg.out_dir, "ckpt.pt")
     state = checkpoint.load(path)
@@ -176,7 +176,7 @@ def read_run(command, tokens_per_second=None):
 
 
 def final(runs):
-    """Their last validation losses."""
+    """The last validation loss of each run."""
     return [run["validation"][-1][1] for run in runs]
 
 
@@ -198,8 +198,8 @@ def lost(runs):
 
 def curve(runs, kind, unit, base=None):
     """
-    [(x, mean, sd), ...] over a system's runs, minus those of a base seed by seed, if there is one. kind: training or
-    validation; x in steps, tokens or seconds of training.
+    [(x, mean, sd), ...] of the losses of a system's runs or, if there is a base, of the losses minus the base's, seed by seed.
+    kind: training or validation; x in steps, tokens or seconds of training.
     """
     scale = statistics.mean(run["per_step"][unit] for run in runs)
     points = []
@@ -224,8 +224,8 @@ def reach(points, target):
 
 def paired(losses, base):
     """
-    Of losses minus base's, seed by seed: their mean, its 95% interval as a pair, and the p of the two-sided t-test: could the
-    mean be chance? A single seed has neither of the last two, and runs that diverged have none of the three: None instead.
+    For losses minus base's, seed by seed: their mean, its 95% interval as a pair, and the p of the two-sided t-test: could the
+    mean be chance? With a single seed the last two are None; with runs that diverged all three are None.
     """
     from scipy.stats import ttest_rel
 
@@ -235,13 +235,13 @@ def paired(losses, base):
     if len(losses) == 1:
         return mean, None, None
     test = ttest_rel(losses, base)
-    if math.isnan(test.pvalue):  # all losses are the same
+    if math.isnan(test.pvalue):  # every loss equals base's
         return mean, None, None
     return mean, tuple(map(float, test.confidence_interval(0.95))), float(test.pvalue)
 
 
 def holm(ps):
-    """Holm's correction of {name: p, or None}: of k tests the i-th smallest p times k - i + 1, never below one before it."""
+    """Holm's correction of {name: p or None}: of k tests p_i, the i-th smallest, becomes max over j <= i of (k - j + 1) p_j."""
     corrected, least = dict.fromkeys(ps), 0.0
     known = sorted((name for name, p in ps.items() if p is not None), key=ps.get)
     for i, name in enumerate(known):
@@ -251,8 +251,8 @@ def holm(ps):
 
 NOTES = """
 Loss: mean ± standard deviation over the seeds. Minus {base}'s: mean of the differences seed by seed, and its 95% interval
-by the paired t-test. p: of that test, two-sided, n = {n}, by Holm's correction over the systems of this table. So few seeds
-have little power: a large p does not say that two systems are equal.
+by the paired t-test. p: that of the two-sided test, n = {n}, after Holm's correction over the systems of this table. With few
+seeds the test has little power: a large p does not say that two systems are equal.
 
 To {base}'s loss: where a system's mean validation curve, linear between evaluations, first comes down to {base}'s final
 mean. Oracle calls: of attention or MLP in a forward pass. Seconds: of the training steps of one run, at the speed of a few
@@ -306,7 +306,7 @@ def report(data):
 
 
 def draw(data, path):
-    """Validation loss of every system, and what it is beyond the first system's, which shows what the curves hide."""
+    """Validation loss of every system, and that loss minus the first system's, which shows what the curves hide."""
     fig, (ax, beside) = new_figure(2)
     unit, systems = data["budget"][0], {name: s["runs"] for name, s in data["systems"].items() if not lost(s["runs"])}
     of_base, base = next(iter(systems.values())), next(iter(systems))
@@ -393,11 +393,11 @@ def main(arguments):
     if len({*args.seeds}) < len(args.seeds):
         raise UserError(f"--seeds {shlex.join(map(str, args.seeds))}: a seed that comes twice is no second run")
     if args.learning_rates and args.tuning_seed in args.seeds:
-        raise UserError(f"--tuning_seed {args.tuning_seed} is one of --seeds: what is reported must not choose the rates")
+        raise UserError(f"--tuning_seed {args.tuning_seed} is one of --seeds: the reported seeds must not choose the rates")
     commands = {system: command_of(system, [args.config, *shared]) for system in args.systems}
     if len({cfg.eval_iters * cfg.batch_size for cfg in (parse(train.Config, command) for command in commands.values())}) > 1:
         raise UserError("the systems evaluate on different windows: let eval_iters * batch_size be the same for all")
-    for command, rate in itertools.product(commands.values(), args.learning_rates or []):  # what is wrong is said at once
+    for command, rate in itertools.product(commands.values(), args.learning_rates or []):  # a wrong rate is an error at once
         parse(train.Config, with_rate(command, rate))
     short = [
         "--max_iters=20",

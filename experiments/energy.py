@@ -43,8 +43,8 @@ def log_sum_exp(E, temperature):
 def free_energy(attn, x, context):
     """
     The free energy of an attention's queries at x among its keys at context, (B, nh, T), and the p_j of its gradient,
-    (B, nh, T, T), before a curvature or Huber's cut reweighs them; None for the linear energies, which are plain sums. Raises
-    UserError for an energy that stands nowhere here.
+    (B, nh, T, T), before a curvature or Huber's cut reweighs them. The linear energies are plain sums: their p_j are None.
+    Raises UserError for an energy that has no case here.
     """
     config = attn.config
     if config.tied:  # summed over heads it is the energy of the token
@@ -70,10 +70,10 @@ def free_energy(attn, x, context):
 def energies(model, idx):
     """
     What attention descends, layer by layer, for idx (B, T): dict of
-        before, after   free energy of the queries before and after the step that attention moves (under Euler splitting
-                        with the MLP, under Strang splitting the first half), among the keys that it saw: (layers, nh),
-                        means over sequences and positions, in units of q.k, for the linear energies of its square
-        entropy         of the p_j that it summed with, in nats: (layers, nh); None for the linear energies
+        before, after   free energy of the queries before and after attention's step, among the keys that attention saw:
+                        (layers, nh), means over sequences and positions, in units of q.k, or (q.k)^2 for linear energies.
+                        Euler splitting: the step is the MLP's too. Strang splitting: the first half step
+        entropy         of attention's p_j, in nats: (layers, nh); None for the linear energies
         attention       these p_j for the first sequence: (layers, nh, T, T); None likewise
     """
     x, v = model.embed(idx)
@@ -106,7 +106,7 @@ def scalars(model):
 
 
 def table(energies):
-    """A line a layer, means over heads."""
+    """A line for each layer, with means over heads."""
     before, after = energies["before"].mean(1), energies["after"].mean(1)
     entropy = [None] * len(before) if energies["entropy"] is None else energies["entropy"].mean(1)
     rows = [f"{'layer':>5} {'before':>12} {'after':>12} {'change':>12} {'entropy':>8}"]
@@ -154,13 +154,13 @@ def draw(energies, found, config, title):
 
 
 def draw_heads(ax, values, color, **style):
-    """values, (layers, nh), by layer: a thin line a head, and their mean."""
+    """values, (layers, nh), by layer: a thin line for each head, and their mean."""
     ax.plot(values, lw=0.6, alpha=0.4, color=color)
     ax.plot(values.mean(1), marker="o", ms=2 + style["lw"], color=color, **style)
 
 
 def draw_scalars(ax, found, width):
-    """Means by layer, shaded from the least to the greatest value; not where each channel has one: outliers would rule."""
+    """Means by layer, shaded from least to greatest; not for a scalar of every channel, whose outliers would fill the panel."""
     for i, (name, values) in enumerate(found.items()):
         layers, values = zip(*values.items(), strict=True)
         ax.plot(layers, [v.mean() for v in values], lw=1.5, marker="osD^v"[i % 5], ms=4, color=f"C{i}", label=name)
@@ -173,7 +173,7 @@ def draw_attention(fig, attention):
     layers = sorted({0, len(attention) // 2, len(attention) - 1})
     p = attention[layers, :HEADS, :POSITIONS, :POSITIONS].numpy()
     future = np.triu(np.ones(p.shape[2:], dtype=bool), 1)
-    # nearly all weights are small: they show on a scale of square roots that leaves out the greatest percent
+    # nearly all weights are small: a scale of square roots, cut at the 99th percentile, shows them
     norm = PowerNorm(0.5, 0, np.quantile(p[..., ~future], 0.99))
     axes = fig.subplots(*p.shape[:2], squeeze=False, sharex=True, sharey=True)
     for i, j in np.ndindex(axes.shape):

@@ -5,9 +5,9 @@ What a checkpoint knows: its accuracy on tasks of lm-evaluation-harness, and the
     python -m experiments.evaluate out/mha out/nag --tasks hellaswag --limit 200 --data ../hub
     python -m experiments.evaluate out/demo --text book.txt
 
-Tasks are asked without examples (zero-shot) unless --num_fewshot says otherwise, in float32; the name of a group of tasks
-stands for all of them. The numbers are printed as a Markdown table and kept in --out, and what is kept there for the same file
-and the same question is not computed again.
+The model answers in float32, without examples (zero-shot) unless --num_fewshot says otherwise. The name of a group of tasks
+stands for all of them. The command prints the numbers as a Markdown table and keeps them in --out. It does not compute again
+what --out has for the same file and the same question.
 """
 
 import difflib
@@ -43,7 +43,7 @@ except ImportError as error:
 
 
 class Adapter(TemplateLM):
-    """A GPT as the harness asks it: for log probabilities of texts, in nats, and for texts."""
+    """A GPT that answers the harness, which asks for log probabilities of texts, in nats, and for new texts."""
 
     def __init__(self, model, tokenizer, batch_size=16):
         super().__init__()
@@ -59,10 +59,10 @@ class Adapter(TemplateLM):
 
     def windows(self, context, continuation):
         """
-        The windows that predict the continuation given the context, two lists of tokens: pairs of inputs and targets, at
-        most block_size long, a target of -1 not counted. What doesn't fit is dropped from the context's start. A
-        continuation that is too long alone is cut into windows that predict each of its tokens once, the first one from
-        the context's last token.
+        context, continuation: lists of tokens. The windows that predict the continuation, as pairs of inputs and targets of at
+        most block_size tokens; a target of -1 does not count. A context that is too long loses its start. A continuation
+        that is too long by itself is cut into windows, which predict each of its tokens once, the first token from the
+        context's last one.
         """
         T = self.model.config.block_size
         if 0 < len(continuation) <= T:
@@ -76,16 +76,16 @@ class Adapter(TemplateLM):
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):
         """
-        requests: triples of anything, a context of at least one token and a continuation. Returns for each the log
-        probability of its continuation and whether that is what greedy decoding gives.
+        requests: triples (ignored, context of at least one token, continuation). Returns for each the log probability of
+        its continuation and whether greedy decoding gives that continuation.
         """
         windows = [(i, x, y) for i, (_, *pair) in enumerate(requests) for x, y in self.windows(*pair)]
-        windows.sort(key=lambda window: -len(window[1]))  # like lengths together; the most memory is needed at the start
+        windows.sort(key=lambda window: -len(window[1]))  # similar lengths together, the longest (most memory) first
         total, greedy = [0.0] * len(requests), [True] * len(requests)
         with tqdm(total=len(windows), unit="window", disable=disable_tqdm or None) as bar:
             for start in range(0, len(windows), self.batch_size):
                 owners, x, y = zip(*windows[start : start + self.batch_size], strict=True)
-                # padding comes after all that is read, where no position looks
+                # padding comes last, where no position that is read looks
                 x = pad_sequence([torch.tensor(row) for row in x], batch_first=True).to(self.device)
                 y = pad_sequence([torch.tensor(row) for row in y], batch_first=True, padding_value=-1).to(self.device)
                 asked = y >= 0  # the positions whose logits are read; the others get none
@@ -108,7 +108,7 @@ class Adapter(TemplateLM):
     def generate_until(self, requests, disable_tqdm=False):
         """
         What the model writes after each context, up to the first of the strings `until` or the end of the text: the
-        likeliest tokens, or with do_sample or a temperature samples. One context at a time, since they differ in length.
+        likeliest tokens, or samples if do_sample or a temperature asks for them. One context at a time: lengths differ.
         """
         texts = []
         for context, choices in tqdm([r.args for r in requests], unit="text", disable=disable_tqdm or None):
@@ -145,8 +145,8 @@ def tasks_of(name):
 
 def get_task(name, data, num_fewshot=0):
     """
-    The harness's task of this name, with so many examples before each question. data: None, or a folder that holds copies of
-    the hub's data sets, that of OWNER/NAME in data/NAME; with no examples the split that is evaluated is enough. Raises
+    The harness's task of this name, with num_fewshot examples before each question. data: None, or a folder with copies of the
+    hub's data sets, OWNER/NAME as data/NAME. Without examples a copy needs only the split that is evaluated. Raises
     UserError.
     """
     choices = dict(task=name, num_fewshot=num_fewshot)
@@ -174,7 +174,7 @@ def chance(task, docs):
 def evaluate_task(lm, task, data, limit, num_fewshot=0):
     """The metrics of a task over its first `limit` items (None: all): dict(n=items, metrics=[dict, ...], ...)."""
     name, task = task, get_task(task, data, num_fewshot)
-    torch.manual_seed(0)  # of tasks that sample
+    torch.manual_seed(0)  # for tasks that sample
     found = lm_eval.evaluate(lm, dict(tasks={name: task}), limit=limit)
     docs = [sample["doc"] for sample in found["samples"][name]]
     guessing, metrics = chance(task, docs), []
@@ -204,14 +204,14 @@ def read_text(path):
 
 
 def evaluate_text(lm, text):
-    """The perplexity of a text as one document, each token seen with at most block_size before it; as evaluate_task()."""
+    """The perplexity of a text as one document, each token with at most block_size before it; a dict as evaluate_task()'s."""
     tokens, (total,) = len(lm.tok_encode(text)), lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     values = {"perplexity per token": math.exp(-total / tokens), "bits per byte": -total / math.log(2) / len(text.encode())}
     return dict(n=tokens, unit="tokens", metrics=[dict(metric=m, value=v, stderr=None, chance=None) for m, v in values.items()])
 
 
 def table(records):
-    """A line a metric, in Markdown."""
+    """A Markdown table with a line for each metric."""
     lines = ["| checkpoint | system | step | task | over | metric | value | chance |", "|---|---|--:|---|--:|---|--:|--:|"]
     for r in records:
         for m in r["metrics"]:
@@ -243,15 +243,15 @@ def main(arguments):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)} must be at least 1")
     texts = {path: read_text(path) for path in args.text}
-    # a result is known by its question and by what was in the checkpoint's file and in the text's
+    # a stored result counts only for the same question, the same checkpoint file and the same text
     about_text = dict(limit=None, num_fewshot=0)
     questions = [dict(task=path, data=hashlib.sha256(t.encode()).hexdigest()) | about_text for path, t in texts.items()]
 
     device = pick_device(args.device)
     records, asked = Records(args.out), []
     for record in records.all:
-        record.setdefault("num_fewshot", 0)  # the only way to ask, once
-    asked_before = {r["task"] for r in records.all}  # these exist, and to look through the harness's tasks takes ten seconds
+        record.setdefault("num_fewshot", 0)  # an older version knew no other number
+    asked_before = {r["task"] for r in records.all}  # these names exist: no need to look through all tasks, for ten seconds
     tasks = [task for name in tasks for task in ([name] if name in asked_before else tasks_of(name))]
     questions += [dict(task=name, data=args.data, limit=args.limit, num_fewshot=args.num_fewshot) for name in tasks]
     for out_dir in args.out_dirs:

@@ -21,7 +21,7 @@ from guard import UserError, cli
 from log import system
 from model import GPTConfig
 
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out) there
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers stores them as (in, out)
 
 
 def export_model(model):
@@ -59,7 +59,7 @@ def export_tokenizer(encoding):
         with open(path, "wb") as file:
             for token, rank in encoding._mergeable_ranks.items():
                 file.write(base64.b64encode(token) + b" %d\n" % rank)
-        whole = encoding.name == "bytes"  # whose tokens never merge, so a text need not be cut before
+        whole = encoding.name == "bytes"  # whose tokens never merge, so no pattern need cut a text first
         pattern = "$" if whole else encoding._pat_str
         tokenizer = TikTokenConverter(path, pattern=pattern, extra_special_tokens=encoding._special_tokens).converted()
     if whole:

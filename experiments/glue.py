@@ -10,11 +10,11 @@ decay to 0, cross entropy, or the squared error where the label is a number (sts
 longer text of the pair loses its end first, so a long premise does not push out the hypothesis.
 
 The scores are those of the last step on the validation split (mnli: validation_matched), since the labels of the test split
-are hidden; no epoch is chosen by it. The data is nyu-mll/glue from the hub, or with --source a folder of that layout. What
-pretraining gave is the distance to a checkpoint of train.py with --max_iters=0, which is untrained.
+are hidden; the scores choose no epoch. The data is nyu-mll/glue from the hub, or with --source a folder of that layout. To see
+what pretraining gave, compare with an untrained checkpoint: train.py writes one with --max_iters=0.
 
-Every finished fine-tuning is added to the JSON at --out and not run again, so the command can be stopped and repeated. The
-table goes beside it as Markdown.
+Every finished fine-tuning is added to the JSON at --out and does not run again, so you can stop the command and repeat it. The
+table goes beside the JSON as Markdown.
 """
 
 import itertools
@@ -40,7 +40,7 @@ from experiments.records import Records, made, markdown, mean_sd, write
 from files import sha256
 from guard import UserError, cli
 
-# A task's official metrics, which its score in the average is the mean of.
+# The official metrics of each task; in the average a task counts with their mean.
 TASKS = dict(cola=("Matthews",), sst2=("accuracy",), mrpc=("F1", "accuracy"), stsb=("Pearson", "Spearman"),
              qqp=("F1", "accuracy"), mnli=("accuracy",), qnli=("accuracy",), rte=("accuracy",), wnli=("accuracy",))  # fmt: skip
 
@@ -60,7 +60,7 @@ def load(source, task):
 
 def tokens(tokenizer, texts, block_size):
     """
-    The ids of an example, a tuple of texts: a newline after each but the last, end-of-text after that; and how many were
+    The ids of an example, a tuple of texts: newlines between the texts, end-of-text after the last; and how many ids were
     cut. A pair loses the end of its longer text until it fits.
     """
     parts = [tokenizer.encode_ordinary(text) for text in texts]
@@ -72,7 +72,7 @@ def tokens(tokenizer, texts, block_size):
 
 
 def encode(split, tokenizer, block_size):
-    """A split's examples, a list of 1-d tensors of ids; their labels, int64 classes or float32 numbers; the share cut."""
+    """A split's examples, 1-d tensors of ids; their labels, int64 classes or float32 numbers; the share that was cut."""
     texts = [split[name] for name in split.column_names if name not in ("label", "idx")]
     rows, cut = zip(*(tokens(tokenizer, pair, block_size) for pair in zip(*texts, strict=True)), strict=True)
     return [torch.tensor(row) for row in rows], torch.tensor(split["label"][:]), np.count_nonzero(cut) / len(cut)
@@ -82,7 +82,7 @@ def outputs(model, rows):
     """What the head says at the last token of each of rows: (len(rows), outputs), float32."""
     device = model.lm_head.weight.device
     idx = pad_sequence(rows, batch_first=True)  # on the right, where no token of a causal model looks
-    T = idx.size(1)  # to one of few lengths, since on a CPU the kernels of every shape stay in memory
+    T = idx.size(1)  # padded to a multiple of 16: on a CPU the kernels of every shape stay in memory
     idx = F.pad(idx, (0, min(-T % 16, model.config.block_size - T))).to(device)
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=short_dtype(device.type) == "bfloat16"):
@@ -91,8 +91,8 @@ def outputs(model, rows):
 
 def batches(lengths, batch_size, rng):
     """
-    The batches of one epoch in random order, as arrays of indices: each of a kind in length, since 16 batches at a time
-    are cut out of a random permutation and sorted.
+    The batches of one epoch in random order, as arrays of indices. The examples of a batch are of similar length: 16 batches
+    at a time are cut out of a random permutation and sorted by length.
     """
     order, pool, result = rng.permutation(len(lengths)), 16 * batch_size, []
     for i in range(0, len(order), pool):
@@ -164,7 +164,7 @@ def score(task, labels, predictions):
 
 
 def chance(task, training, validation):
-    """The scores of always predicting the training split's commonest label, or where labels are numbers one of them."""
+    """The scores of always predicting the training split's commonest label, be it a class or a number."""
     labels = validation["label"][:]
     return score(task, labels, np.full(len(labels), statistics.mode(training["label"])))
 
@@ -188,7 +188,7 @@ def run(model, task, training, validation, settings, seed, title):
 
 
 def table(rows, tasks):
-    """Markdown, a line a system and at the end the average of its tasks; rows: {system: {task: [scores of a seed, ...]}}."""
+    """Markdown: a line for each system, its average over tasks last; rows: {system: {task: [scores of a seed, ...]}}."""
     lines = []
     for system, scores in rows.items():
         cells = [" / ".join(mean_sd([seed[m] for seed in scores[task]], ".1f") for m in TASKS[task]) for task in tasks]
@@ -200,7 +200,7 @@ def table(rows, tasks):
 def main(arguments):
     parser = parser_with(__doc__, ckpt="best.pt", seeds=[1, 2, 3], device="auto")
     parser.add_argument("out_dirs", nargs="+", help="folders of the checkpoints")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"some of {', '.join(TASKS)}; default: all")
     parser.add_argument("--source", default="nyu-mll/glue", help="folder of a local copy in the hub's layout")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -217,7 +217,7 @@ def main(arguments):
     if problems:
         raise UserError("\n".join(problems))
 
-    # what can be wrong is found before the first run
+    # all errors come before the first run
     device = pick_device(args.device)
     names = ("source", "epochs", "batch_size", "learning_rate", "weight_decay", "dropout", "limit")
     settings = {name: getattr(args, name) for name in names}
@@ -248,7 +248,7 @@ def main(arguments):
         "GLUE's validation splits (mnli: validation_matched), percent, after the last step; mean ± standard deviation over "
         f"seeds {', '.join(map(str, args.seeds))}. {args.epochs} epochs of "
         + (f"at most {args.limit:,}" if args.limit else "all")
-        + f" training examples, {args.batch_size} a step, learning rate {args.learning_rate:g}, weight decay "
+        + f" training examples, {args.batch_size} per step, learning rate {args.learning_rate:g}, weight decay "
         f"{args.weight_decay:g}, dropout {args.dropout:g}. Training examples cut to the context: "
         + ", ".join(f"{task} {share:.1%}" for task, share in cut.items())
         + f". Made on {made(shown)}.\n",

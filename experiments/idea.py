@@ -4,8 +4,8 @@ The idea as a picture: one query in the plane, its keys, and the paths on which 
     python -m experiments.idea --out idea.png
     python -m experiments.idea --out idea.gif
 
-Paths and energies are made by model.py's own functions. The keys have one norm, so attention minus the query is exactly a
-gradient step on the free energy of E_j = |q - k_j|^2 / 2: this is checked at every point that attention visits.
+model.py's own functions make the paths. The keys have one norm, so attention minus the query is exactly a gradient step on
+the free energy of E_j = |q - k_j|^2 / 2: assert_gradient() checks this at every point of the paths.
 """
 
 import math
@@ -85,7 +85,7 @@ def draw(paths, out):
 
 def main(arguments):
     parser = parser_with(__doc__)
-    parser.add_argument("--out", default="idea.png", help="the PNG, or GIF that moves, to write")
+    parser.add_argument("--out", default="idea.png", help="the file to write: a PNG, or a GIF that moves")
     args = parser.parse_args(arguments)
     paths = {name: path(name) for name in SYSTEMS}
     assert_gradient(torch.cat([*paths.values()]))

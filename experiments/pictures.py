@@ -1,6 +1,6 @@
 """
-The pictures of LEARN.md, made by model.py's own functions and rules: where look-ahead leads, three splittings, what tau does to
-the weights, and steps that are undone.
+The pictures of LEARN.md: where look-ahead leads, three splittings, what tau does to the weights, and steps that are undone.
+model.py's own functions and rules make the steps.
 
     python -m experiments.pictures --out results
 
@@ -56,7 +56,7 @@ def look_ahead():
 def draw_look_ahead(ax):
     x, v, ends = look_ahead()
     plane(ax, (-1.3, 3.6), (-1.6, 1.9))
-    kept = x + 0.9 * v  # where friction leaves the velocity, and where Nesterov asks
+    kept = x + 0.9 * v  # where the kept velocity alone leads, and where Nesterov asks
     arrow(ax, x, kept, color="black", ls="--")
     ax.plot([], [], "k--", label=r"the velocity that is kept, $\beta v$")
     for i, (name, label) in enumerate(
@@ -70,7 +70,7 @@ def draw_look_ahead(ax):
 
 
 def split(splitting, start):
-    """The points of one layer of gradient steps on attention and swirl, and which of the two, "A" or "M", leads to each."""
+    """The points of one layer of gradient steps on attention and swirl, and what leads to each later one: "A", "M" or "AM"."""
     asked, oracles, points = SPLITTINGS[splitting], dict(A=attention, M=swirl), [start]
     for names in asked:
         step = rule("none", 1 / asked.count(names))
@@ -79,7 +79,7 @@ def split(splitting, start):
 
 
 def flow(start, steps=1000):
-    """Where both oracles together lead in a time of one, by many short steps: (steps + 1, 2)."""
+    """The path along the sum of both oracles for a time of 1, in many short steps: (steps + 1, 2)."""
     points = [start]
     for _ in range(steps):
         points.append(points[-1] + (attention(points[-1]) + swirl(points[-1])) / steps)
@@ -99,12 +99,12 @@ def draw_split(ax):
 
 
 def weights(attend, tau, n=8, hs=8):
-    """The weights that a random query gives n random keys of one norm, (n,), from the strongest of attention to the weakest."""
+    """The weights that a random query gives n random keys of one norm, (n,), sorted by softmax attention's weight."""
     g = torch.Generator().manual_seed(5)
     q, k = (torch.randn(1, 1, m, hs, dtype=torch.float64, generator=g) for m in (1, n))
     k = k / k.norm(dim=-1, keepdim=True) * math.sqrt(hs)
     k = k[:, :, (q @ k.mT).flatten().argsort(descending=True)]
-    padded = torch.eye(n, hs, dtype=torch.float64)[None, None]  # values that show the weights
+    padded = torch.eye(n, hs, dtype=torch.float64)[None, None]  # one-hot values: the output is then the weights
     return attend(2 * q, k, padded, tau)[0, 0, 0, :n]
 
 
@@ -121,7 +121,7 @@ def draw_tau(axes):
 
 
 def there_and_back(beta, dtype, layers=48):
-    """The iterate before each layer of heavy-ball steps, and as it is rebuilt from the last one: two of (layers + 1, 2)."""
+    """The iterates of heavy-ball steps, and the same as rebuilt from the last one: two of (layers + 1, 2)."""
     step = rule("polyak", beta=beta)
     x, v = torch.tensor([-1.0, -2.0], dtype=dtype), torch.zeros(2, dtype=dtype)
     there = [x]
@@ -148,7 +148,7 @@ def draw_back(axes):
         axes[1].semilogy(
             range(1, len(error) + 1), error, color=f"C{i}", label=f"{dtype}".removeprefix("torch.") + f", beta = {beta}"
         )
-    axes[1].set(title="its largest error so far", xlabel="layers undone")
+    axes[1].set(title="largest error of the rebuilt points so far", xlabel="layers undone")
 
 
 PICTURES = dict(look_ahead=(1, draw_look_ahead), split=(1, draw_split), tau=(2, draw_tau), back=(2, draw_back))

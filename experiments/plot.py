@@ -36,7 +36,7 @@ def read_metrics(path):
 
 
 def new_figure(columns=1):
-    """A figure of README width and its axes: one, or an array of so many side by side."""
+    """A figure as wide as the README's, and its axes: one, or an array of `columns` side by side."""
     return plt.subplots(1, columns)
 
 
@@ -47,7 +47,7 @@ def line(i):
 
 
 def enlarge_end(ax, curves, share=0.3):
-    """Curves {label: [(x, mean, sd), ...]} as lines in bands of mean ± sd, and in an inset the last share of them."""
+    """Curves {label: [(x, mean, sd), ...]} as lines in bands of mean ± sd; an inset has the last `share` of x."""
     inset, ends, last = ax.inset_axes((0.34, 0.36, 0.64, 0.62)), [], max(points[-1][0] for points in curves.values())
     for i, (label, points) in enumerate(curves.items()):
         x, mean, sd = zip(*points, strict=True)
@@ -62,7 +62,7 @@ def enlarge_end(ax, curves, share=0.3):
 
 
 def save(figure, path, *how):
-    """Write a figure, or an animation in some way, and say where. Raises UserError."""
+    """Write a figure, or an animation by the writer `how`, and print the path. Raises UserError."""
     try:
         (figure.save if how else figure.savefig)(path, *how)
     except OSError as error:
@@ -80,9 +80,7 @@ def labelled(run):
 
 
 def main(arguments):
-    parser = parser_with(
-        __doc__,
-    )
+    parser = parser_with(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of runs, or their metrics.jsonl; LABEL=PATH names one")
     parser.add_argument("--by", choices=X, default="step")
     parser.add_argument("--out", default="loss.png", help="the PNG to write")

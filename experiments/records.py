@@ -18,7 +18,7 @@ def windows(folder, split, count, config):
     all models of one block_size. Raises UserError.
     """
     if (vocab_size := read_meta(folder)["vocab_size"]) > config.vocab_size:
-        raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: give its --data_dir")
+        raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: change --data_dir")
     text = Split(folder, split, config.block_size)
     return tuple(map(torch.from_numpy, text.windows(text.fixed(count))))
 
@@ -50,8 +50,8 @@ class Records:
         return record
 
     def save(self):
-        """Write the file, as after a change of a record. Raises UserError."""
-        write(self.path, "[\n" + ",\n".join(map(json.dumps, self.all)) + "\n]\n")  # a line each
+        """Write the file; call this after changing a record. Raises UserError."""
+        write(self.path, "[\n" + ",\n".join(map(json.dumps, self.all)) + "\n]\n")  # one line for each record
 
     def find_or(self, identity, compute):
         """The record that has all of these items or, if there is none, a new one of them and of what compute() returns."""
@@ -59,7 +59,7 @@ class Records:
 
 
 def write(path, text):
-    """Write a text file as a whole, and its folder. Raises UserError."""
+    """Write a text file, whole or not at all, and make its folder. Raises UserError."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with replacing(path) as file:
@@ -69,7 +69,7 @@ def write(path, text):
 
 
 def mean_sd(values, form=".4f", sd=None):
-    """Mean ± standard deviation, which a single value doesn't have. form, sd: how they are written. inf: it diverged."""
+    """Mean ± standard deviation, which a single value doesn't have. form, sd: their formats. A value of inf: diverged."""
     if math.inf in values:
         return "diverged"
     mean = f"{statistics.mean(values):{form}}"
@@ -77,12 +77,12 @@ def mean_sd(values, form=".4f", sd=None):
 
 
 def markdown(head, rows, left=1):
-    """A table in Markdown, its first `left` columns to the left."""
+    """A table in Markdown, its first `left` columns aligned to the left."""
     line = ["---"] * left + ["--:"] * (len(head) - left)
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, line, *rows)) + "\n"
 
 
 def made(records):
-    """Where and with what all of these records were made, by their made_with() items, as one line."""
+    """The hardware, torch and commit of all these records, by their made_with() items, as one line."""
     about = {", ".join(f"{k} {r.get(k) or 'unknown'}" for k in ("hardware", "torch", "commit")) for r in records}
     return "; ".join(sorted(about))

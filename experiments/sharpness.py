@@ -3,10 +3,10 @@ How sharp the minima are in which runs ended: trace and largest eigenvalue of th
 
     python -m experiments.sharpness out/a out/b out/c --out results/sharpness
 
-The loss is that of --batches fixed windows of text at a time, --batch_size in each, spread evenly over the training split,
+The loss is the mean over --batches batches of --batch_size fixed windows of text, spread evenly over the training split,
 whose loss the optimizer saw; --split val takes unseen text. Everything is float32, without dropout. The table goes to
---out.md, the numbers to --out.json; a checkpoint that stands there with the same settings isn't computed again. Runs of
-one system, apart in their seeds, are also summarised. [Gai] (arXiv 2605.24425) reports that momentum in depth ends in
+--out.md, the numbers to --out.json; a checkpoint that stands there with the same settings isn't computed again. Runs that
+differ only in their seeds are also summarised. [Gai] (arXiv 2605.24425) reports that momentum in depth ends in
 flatter minima; compare runs of one data set and budget, since both numbers fall and rise with the loss and the scale of
 the weights.
 """
@@ -40,7 +40,7 @@ def mean_loss(model, batches):
 def hessian_product(model, batches, v):
     """
     H v for the Hessian H of mean_loss in all parameters; v and the result are flat, in the order of parameters(). By
-    double backward: H v is the gradient of g.v, g that of the loss. Attention must be the plain one, since no fused
+    double backward: H v is the gradient of g.v, where g is that of the loss. Attention must be the plain one, since no fused
     kernel can be differentiated twice.
     """
     parameters, windows = list(model.parameters()), sum(len(x) for x, _ in batches)
@@ -85,7 +85,7 @@ def largest_eigenvalue(product, like, iterations, generator):
 
 
 def measure(path, args, device, step):
-    """The numbers of one checkpoint, a dict; step() is called after each product."""
+    """The numbers of one checkpoint, a dict; it calls step() before each product."""
     model, state = checkpoint.load_model(path, device)
     if "config" not in state:
         raise UserError(f"{path} does not say what it was trained on: take a checkpoint of train.py")
@@ -121,7 +121,7 @@ def measure(path, args, device, step):
 
 
 def table(records, args):
-    """The Markdown: a line a run, and a line a system where one has several runs."""
+    """The Markdown: a line for each run and, if a system has several runs, a line for each system."""
     first = records[0]
     text = (
         f"Hessian of the loss on {args.batches} x {args.batch_size} windows ({first['tokens']:,} tokens) of the {args.split} "
@@ -149,7 +149,7 @@ def table(records, args):
 def main(arguments):
     parser = parser_with(__doc__, ckpt="ckpt.pt", split="train", data_dir=None, device="auto")
     parser.add_argument("runs", nargs="+", help="folders of runs of train.py")
-    parser.add_argument("--batches", type=int, default=8, help="batches of windows that the loss is the mean of")
+    parser.add_argument("--batches", type=int, default=8, help="number of batches of windows; the loss is their mean")
     parser.add_argument("--batch_size", type=int, default=4, help="windows in a batch")
     parser.add_argument("--probes", type=int, default=16, help="random vectors for the trace")
     parser.add_argument("--iterations", type=int, default=20, help="Lanczos iterations for the eigenvalue")
@@ -171,7 +171,7 @@ def main(arguments):
                 identity |= dict(sha256=sha256(path))
             before = bar.n
             records.append(known.find_or(identity, lambda path=path: measure(path, args, device, bar.update)))
-            bar.update(before + args.probes + args.iterations - bar.n)  # nothing was left to do for a record that was found
+            bar.update(before + args.probes + args.iterations - bar.n)  # a record that was found counts as done
     text = table(records, args)
     write(f"{args.out}.md", text)
     print(text)

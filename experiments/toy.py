@@ -10,9 +10,9 @@ examples before it, in mean squared error. gaussian_process: the same with y = f
 draw of a Gaussian process, in root mean squared error ([Xu]'s synthetic task; kernel, noise and sizes are ours). lis: the
 lengths of longest increasing subsequences (prepare.py lis), trained on all tokens, judged by the lengths.
 
-MomenMHA unrolls to a weighted DenseNet over the attentions' outputs ([Ren], arXiv 2511.00907); whether these implicit skips
-pass larger gradients to early layers is read off the norms of the loss gradient in the attention parameters of each layer,
-means over all steps. Curves and norms go to --out.png, tables to --out.md, numbers to --out.json; a problem, system and seed
+MomenMHA unrolls to a weighted DenseNet over the attentions' outputs ([Ren], arXiv 2511.00907); do these implicit
+skips pass larger gradients to early layers? The norms of the loss gradient in each layer's attention parameters tell, as means
+over all steps. Curves and norms go to --out.png, tables to --out.md, numbers to --out.json; a problem, system and seed
 that stands there isn't run again.
 """
 
@@ -45,7 +45,7 @@ END, EQUALS, ZERO, NINE = 256, *b"=09"
 
 
 class Regression:
-    """In-context linear regression. Tokens are vectors: (x, 0) and (0, y); linear maps stand for the token tables."""
+    """In-context linear regression. Tokens are vectors: (x, 0) and (0, y); linear maps replace the token tables."""
 
     title, loss, name = "in-context regression", "mean squared error", "regression"
     known = "the posterior mean"
@@ -76,7 +76,7 @@ class Regression:
     def posterior(self, x, y):
         """
         Squared errors, (EXAMPLES,), of the best predictor there is, the posterior mean of f(x_i) given the examples before.
-        With L L^T the covariance of y the i-th error is L_ii (L^-1 y)_i (derived). In float64, in which L exists.
+        If L L^T is the covariance of y, the i-th error is L_ii (L^-1 y)_i (derived). In float64: in float32 L may not exist.
         """
         x, y = x.cpu().double(), y.cpu().double()
         L = torch.linalg.cholesky(self.kernel(x) + NOISE**2 * torch.eye(x.size(1)).double())
@@ -104,7 +104,7 @@ class Regression:
         return self.summary(self.errors(model, *self.held_out).mean(0))
 
     def summary(self, squared):
-        """What is reported of mean squared errors, (EXAMPLES,)."""
+        """The numbers to report, from mean squared errors (EXAMPLES,)."""
         return dict(loss=squared.mean().item(), by_examples=squared.tolist())
 
     def draw(self, ax, runs, colors):
@@ -114,7 +114,7 @@ class Regression:
         ax.set(xlabel="examples in the context", ylabel=f"final {self.loss}", yscale="log")
 
     def columns(self):
-        """What the table tells beside the loss: heads, and where the numbers stand in an evaluation."""
+        """The table's columns beside the loss: {head: a function that takes the number out of an evaluation}."""
         at = (0, 1, self.D, self.EXAMPLES - 1)
         return {f"{i} examples": lambda e, i=i: e["by_examples"][i] for i in at}
 
@@ -123,8 +123,8 @@ class Regression:
         return (
             f"{self.name}: x of dimension {self.D}, {self.EXAMPLES} examples in a sequence, {SEQUENCES} sequences per step, "
             f"noise of standard deviation {NOISE}. Predicting 0 has a mean squared error of {1 + NOISE**2:.2f}. The posterior "
-            f"mean, the best there is, has a {self.loss} of {self.reference:.3f}, with {self.EXAMPLES - 1} examples "
-            f"{least[-1]:.3f}."
+            f"mean, the best there is, has a {self.loss} of {self.reference:.3f}, and of {least[-1]:.3f} with "
+            f"{self.EXAMPLES - 1} examples."
         )
 
 
@@ -163,7 +163,7 @@ class LIS:
         return [torch.from_numpy(t).to(self.device) for t in arrays]
 
     def fit(self, model):
-        """Tokens are what a GPT reads."""
+        """Nothing to change: a GPT reads tokens."""
 
     def batch(self, seed, step):
         split = self.training.setdefault(seed, Split(self.folder, "train", BLOCK_SIZE, seed))
@@ -224,7 +224,7 @@ def configure(system, args, seed):
 
 
 def build(problem, cfg, mlp, device):
-    """The problem's model; without MLPs, theirs is the direction 0."""
+    """The problem's model; without MLPs the direction 0 takes their place."""
     torch.manual_seed(cfg.seed)
     model = GPT(model_config(cfg, **problem.sizes))
     problem.fit(model)
@@ -267,14 +267,14 @@ def band(ax, x, curves, color, **style):
 
 
 def draw(problems, results, title):
-    """A row a problem: loss by step, the problem's own panel, gradient norm by layer. results: {problem: {system: [run]}}."""
+    """A row for each problem: loss by step, its own panel, gradient norm by layer. results: {problem: {system: [run]}}."""
     fig, axes = plt.subplots(len(problems), 3, figsize=(10, 0.5 + 2.75 * len(problems)), squeeze=False)
     fig.suptitle(title, fontsize=10)
     for problem, (a, b, c) in zip(problems, axes, strict=True):
         runs = results[problem.name]
         colors = {system: f"C{i}" for i, system in enumerate(runs)}
         for system, seeds in runs.items():
-            losses = [[e["loss"] for e in r["evaluations"][1:]] for r in seeds]  # untrained ones would set the scale
+            losses = [[e["loss"] for e in r["evaluations"][1:]] for r in seeds]  # the untrained loss would set the scale
             band(a, seeds[0]["steps"][1:], losses, colors[system], label=system)
             norms = [r["gradient_norms"] for r in seeds]
             band(c, range(len(norms[0])), norms, colors[system])
@@ -289,7 +289,7 @@ def draw(problems, results, title):
 
 
 def table(problem, runs):
-    """A line a system: means ± standard deviations over seeds at the end of training."""
+    """A line for each system: means ± standard deviations over seeds at the end of training."""
     layers = len(next(iter(runs.values()))[0]["gradient_norms"])
     names = [*problem.columns(), *(f"gradient norm, layer {i}" for i in range(layers)), "layer 0 over the last"]
     rows = []
@@ -306,7 +306,8 @@ def main(arguments):
     parser = parser_with(__doc__, seeds=[1, 2, 3], data_dir="data", device="auto")
     parser.add_argument("--systems", nargs="+", default=["MHA", "MomenMHA", "NagMHA", "DenseMHA"],
                         help='variants, or "VARIANT --override=value"')  # fmt: skip
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["regression", "lis"])
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["regression", "lis"],
+                        help="what to learn")  # fmt: skip
     parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--n_embd", type=int, default=32, help="width; there are 4 layers of 4 heads")
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="highest rate")

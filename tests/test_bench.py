@@ -39,7 +39,7 @@ def results(path):
     return [record["result"] for record in json.loads(path.read_text())]
 
 
-def test_taylor(data, tmp_path, capsys):
+def test_taylor(data, tmp_path):
     for variant in ("MHA2nd1st", "MHA"):
         fit(data, tmp_path / variant, variant=variant, max_iters=2)
     bench.main(["taylor", str(tmp_path / "MHA2nd1st"), "--lengths", "8", "32", "64", f"--out={tmp_path / 'bench.json'}"])

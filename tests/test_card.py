@@ -12,7 +12,7 @@ from model import VARIANTS
 
 @pytest.mark.slow
 def test_rehearsal(data, tmp_path, monkeypatch):
-    """Every part has its table, with a row for each of what it compares, and finds nothing wrong."""
+    """Every part has its table, with a row for each thing that it compares, and finds nothing wrong."""
     monkeypatch.chdir(tmp_path)
     card.main(["--rehearse", "--dataset=squares", f"--data_dir={data}", "--out=here", "--minutes=15"])
     tables = {table["title"]: table["rows"] for table in json.loads((tmp_path / "here" / "card.json").read_text())}
@@ -29,7 +29,7 @@ def test_rehearsal(data, tmp_path, monkeypatch):
     assert (tmp_path / "here" / "learning.png").exists() and (tmp_path / "here" / "learning.md").exists()
 
 
-def test_what_is_kept_of_a_part_that_fails(data, tmp_path, monkeypatch, capsys):
+def test_what_is_kept_of_a_part_that_fails(tmp_path, monkeypatch, capsys):
     """The rows before the error, and the error; the parts after it are done, and the end says what went wrong."""
 
     def failing(args):

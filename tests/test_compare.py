@@ -112,7 +112,7 @@ def test_spike():
 @pytest.mark.parametrize("backbone, even", [("gpt2", 1), ("llama", 2)])
 @pytest.mark.parametrize("other", ["YuriiFormer --n_layer=3", "CEM+", "MHA --n_embd=48", "LinearMHA --n_layer=1 --n_embd=6"])
 def test_match_is_the_nearest_of_all_widths(other, backbone, even, flags):
-    """Against models that are built, for every width; heads of 8, 16, ... where one of them comes within a per cent."""
+    """Against models that are built, for every width; with heads of 8, 16, ... if one of those comes within 1%."""
     common = ["empty.toml", *flags, "--n_head=3", "--n_embd=24", "--vocab_size=101"]
 
     def size(command):
@@ -152,7 +152,7 @@ def test_which_runs_are_finished(flags, tmp_path):
 
 @pytest.mark.slow
 def test_budget_of_tokens_sweep_and_match(flags, here):
-    """2,048 tokens are 8 steps of 256 or 16 of 128. Every rate is tried for half of them, on a seed of its own."""
+    """2,100 tokens allow 8 steps of 256 or 16 of 128. Every rate is tried for half of them, on a seed that no run has."""
     systems = ["MHA", "NagMHA --batch_size=2 --eval_iters=4 --match=YuriiFormer"]
     compare.main(["t", "--config=empty.toml", "--seeds", "5", "6", "--systems", *systems, "--tokens", "2100",
                   "--tuning_share=0.5", "--learning_rates", "0.0001", "0.04", "--", *flags])  # fmt: skip
@@ -173,7 +173,7 @@ def test_budget_of_tokens_sweep_and_match(flags, here):
             assert (state["step"], state["config"]["seed"]) == (steps, seed)
             assert state["config"]["learning_rate"] == float(best)
             assert state["config"]["min_lr"] == pytest.approx(float(best) / 10)  # 1e-3 of 1e-2
-        words = ", width 20" if "match" in system else ""  # 32 more rows of each table than MHA has
+        words = ", width 20" if "match" in system else ""  # YuriiFormer has two tables more, of 257 and 32 rows
         mean = statistics.mean(final(f"{folder}-{seed}") for seed in (5, 6))
         assert rows[f"{system}{words}, rate {best}"][2].strip().startswith(f"{mean:.4f} ± ")
     assert state["model_config"]["n_embd"] == 20 and data["budget"] == ["tokens", 2100] and data["config"]["max_iters"] == 8
@@ -181,7 +181,7 @@ def test_budget_of_tokens_sweep_and_match(flags, here):
 
 @pytest.mark.slow
 def test_budget_of_seconds(flags, here):
-    """The number of steps is that of the speed that a short run had, and the curves end where the budget does."""
+    """The number of steps follows from the speed of a short run, and the schedule ends where the budget does."""
     compare.main(["s", "--config=empty.toml", "--seeds", "1", "--systems", "MHA", "MHA --n_layer=8", "--seconds", "0.5",
                   "--", *flags, "--lr_decay_iters=7"])  # fmt: skip
     assert here == ["out/s/MHA-timed", "out/s/MHA_n_layer=8-timed", "out/s/MHA-1", "out/s/MHA_n_layer=8-1"]
@@ -235,12 +235,12 @@ def test_compare(flags, monkeypatch):
     losses = [final(f"out/small/{run}") for run in ("MHA-1", "MHA-2", "NagMHA_beta=0.5-1", "NagMHA_beta=0.5-2")]
     for pair in losses[:2], losses[2:]:
         assert f"| {sum(pair) / 2:.4f} ± {abs(pair[0] - pair[1]) / 2**0.5:.4f} |" in table
-    # of two differences: the mean, and 12.706 times half of what lies between them, a 97.5% quantile of Cauchy's distribution
+    # of two differences: the mean, and half their distance times 12.706, the 97.5% quantile of Cauchy's distribution
     low, high = sorted((losses[2] - losses[0], losses[3] - losses[1]))
     mean, half = (low + high) / 2, math.tan(0.475 * math.pi) * (high - low) / 2
     assert f"| {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] |" in table
     assert [run["validation"][-1] for run in data["systems"]["NagMHA --beta=0.5"]["runs"]] == [[12, x] for x in losses[2:]]
-    # went on where it was stopped, to where it would have come without
+    # the stopped run went on from there, to the end of a run that never stopped
     with open("out/small/MHA-2.log") as file:
         assert "step      0" not in (log := file.read()) and "step     12: validation" in log
     whole, resumed = (checkpoint.load(f"{folder}/ckpt.pt")["model"] for folder in ("whole", "out/small/MHA-2"))

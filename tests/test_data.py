@@ -153,7 +153,7 @@ def test_files_named_after_splits_choose_them(here, tmp_path):
 
 
 def test_test_text_is_never_trained_on(here, tmp_path, capsys):
-    """The words of a name choose its split, and what became of each file is said."""
+    """The words of a file's name choose its split, and prepare.py says what became of each file."""
     names = {"a.train.txt": "train", "VALID-b.txt": "val", "my_test.md": "test", "latest.txt": "neither"}
     for name, text in names.items():
         (tmp_path / name).write_text(f"{text} text\n" * 9)
@@ -182,7 +182,7 @@ def test_test_text_is_never_trained_on(here, tmp_path, capsys):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
 def test_other_encodings(here, tmp_path, encoding):
-    """Byte order marks are heeded, other encodings asked for; the shards are those of UTF-8."""
+    """Byte order marks are enough, other encodings need --encoding; the shards are those of UTF-8."""
     text = "Ümlaut é, naïve.\n" * 3000
     (tmp_path / "input.txt").write_bytes(text.encode(encoding))
     asked = ["--encoding", encoding] if encoding in ("latin-1", "utf-16-le") else []
@@ -250,7 +250,7 @@ def test_a_data_set_of_one_row_is_divided(here, tmp_path):
 
 
 def test_finished_data_is_not_replaced_unasked(here, tmp_path):
-    """By other text or other tokens of the same name; by the same text it is."""
+    """By other text, or by other options of the same name; the same text and options replace it."""
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"{name} line\n" * 100)
     folder = here("mine", "--input", tmp_path / "a.txt")
@@ -269,7 +269,7 @@ def test_finished_data_is_not_replaced_unasked(here, tmp_path):
 
 
 def test_only_its_own_files_are_replaced(here, tmp_path):
-    """In the folder, which may be a link to another disk, and beside it; Ctrl-C between the moves comes after them."""
+    """In the folder, which may be a link to another disk, and beside it; Ctrl-C between the moves waits until they are done."""
     (tmp_path / "a.txt").write_text("a line\n" * 100)
     (tmp_path / "disk").mkdir()
     (tmp_path / "mine").symlink_to("disk")
@@ -299,7 +299,7 @@ def test_only_its_own_files_are_replaced(here, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_max_tokens_does_not_depend_on_the_workers(tmp_path, monkeypatch, workers):
-    """Of rows that hold some out, and of a text whose end is held out: just so many tokens, and the same validation split."""
+    """Of rows, some held out, and of a text with its end held out: --max_tokens tokens, and the same validation split."""
     monkeypatch.setattr(prepare, "ProcessPoolExecutor", lambda workers, *spawn: ThreadPoolExecutor(workers))
     monkeypatch.setattr(prepare, "BATCH", 2000)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=f"row {i:5} " * 20)) + "\n" for i in range(2000)))
@@ -475,9 +475,9 @@ def test_splits_of_other_names_and_columns_of_other_kinds(here, tmp_path, monkey
         table = pyarrow.table(dict(text=[f"{split} {i}" for i in range(3)], parts=[["a", "b"]] * 3))
         pyarrow.parquet.write_table(table, tmp_path / "copy" / "data" / f"{split}-00000-of-00001.parquet")
     knobs = ["--source", tmp_path / "copy", "--tokenizer=bytes", "--train", "sft", "more"]
-    folder = here("owner/chat", *knobs, "--val", "held")
+    here("owner/chat", *knobs, "--val", "held")
     assert [t.split()[0] for t in documents(tmp_path / "chat", "train")] == ["sft"] * 3 + ["more"] * 3
-    assert [t.split()[0] for t in documents(tmp_path / "chat", "val")] == ["held"] * 3 and folder
+    assert [t.split()[0] for t in documents(tmp_path / "chat", "val")] == ["held"] * 3
     with pytest.raises(UserError, match="has the splits .*: choose with --train and --val"):
         here("owner/none", "--source", tmp_path / "copy", "--tokenizer=bytes")
     with pytest.raises(UserError, match="no text column parts in its split .*; its text columns: text; choose with --column"):
@@ -647,7 +647,7 @@ def test_shuffled_is_a_permutation_and_all_are_alike():
 
 @pytest.mark.parametrize("block_size", [10, 64, 400, 501, 1000])
 def test_every_token_is_read_in_some_epoch(counting, block_size):
-    """The end of the text too, however much of it is left over, as an input or, of the last token, a target."""
+    """Also at the end of the text, however much is left over there: as an input, or the last token as a target."""
     split = Split(counting, "train", block_size, seed=1)
     n = max(1, 1002 // block_size - 1)
     x, y = split.batch(range(400 * n))
@@ -668,7 +668,7 @@ def test_a_step_reads_the_same_samples_on_any_number_of_processes(counting):
     batch_size, accumulation, steps = 3, 4, 20  # two and a half epochs
 
     def starts(world):
-        """Of all processes' windows in each step, sorted."""
+        """The starts of all processes' windows in each step, sorted."""
         processes = [Split(counting, "train", BLOCK, seed=5) for _ in range(world)]
         rows = []
         for micro_step in range(steps * accumulation // world):

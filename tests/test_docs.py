@@ -24,7 +24,7 @@ def prose(path):
 
 
 def slugs(path):
-    """What GitHub makes of a document's headings, to be linked to."""
+    """The anchors that GitHub makes of a document's headings."""
     headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -29,7 +29,7 @@ T, EOT = 16, 256
 
 
 def untrained(**choices):
-    """A tiny GPT over bytes in float64, with weights large enough for opinions."""
+    """A tiny GPT over bytes in float64, with weights so large that its tokens differ in probability."""
     model = tiny(**dict(block_size=T, vocab_size=260) | choices).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -71,8 +71,8 @@ def predict(model, seen, token):
 
 def direct(model, context, continuation):
     """
-    The same of a text, one forward pass a token, each over what it sees: the last T + 1 tokens of it all start the window
-    that a short continuation is in; of a long one, windows of T tokens begin at its start, and the last ends with it.
+    The same for a continuation, with one forward pass per token. One of at most T tokens lies in one window, the last T + 1
+    tokens of it all. A longer one is cut into windows of T tokens from its start on; the last window ends where it ends.
     """
     before, tokens = list(context.encode()) or [EOT], list(continuation.encode())
     everything, n = before + tokens, len(tokens)
@@ -127,7 +127,7 @@ def test_a_rolling_log_likelihood_counts_every_token_once(n):
     expected = direct(model, "", text)[0]
     for batch_size in (1, 4):
         assert adapter(model, batch_size).loglikelihood_rolling(instances((text,)), True) == pytest.approx([expected], rel=1e-9)
-    # as a continuation that doesn't fit it is treated in the same way
+    # a continuation that doesn't fit is treated in the same way
     found = adapter(model).loglikelihood(instances(("", text), ("two", text)), disable_tqdm=True)
     assert [logp for logp, _ in found] == pytest.approx([expected, direct(model, "two", text)[0]], rel=1e-9)
     tokens = list(text.encode())
@@ -266,7 +266,7 @@ def test_perplexity_of_a_file(run, trained, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert f"| MHA | 60 | {run / 'text'} | {len(tokens)} tokens | bits per byte | {bits:.4f} |" in shown
 
-    # asked again it isn't computed again, but is for another text or another checkpoint
+    # the same question isn't computed again; another text or another checkpoint is
     def fail(*_):
         raise AssertionError
 
@@ -312,7 +312,7 @@ def arc(folder, docs):
 
 
 def preferred(model, question, choices):
-    """The letters of the answers that a model prefers to ARC's question, by log probability and by that of a character."""
+    """The letters of the answers to ARC's question that a model prefers, by log probability and by that per character."""
     scores = [direct(model, f"Question: {question}\nAnswer:", " " + choice)[0] for choice in choices]
     by_character = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
     return ["ABCDE"[values.index(max(values))] for values in (scores, by_character)]

@@ -53,7 +53,7 @@ def start(*arguments, before="", stdout=subprocess.DEVNULL, **env):
 
 
 def two(*arguments, before="", **env):
-    """The same as two processes with gloo, without a launcher that would see to them."""
+    """The same as two processes with gloo, without a launcher that would watch them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -61,7 +61,7 @@ def two(*arguments, before="", **env):
 
 
 def wait_for_lines(out_dir, n, process):
-    """Until the run has written n lines of metrics."""
+    """Wait until the run has written n lines of metrics, or has ended."""
     path, deadline = Path(out_dir) / "metrics.jsonl", time.time() + 180
     while not (path.exists() and path.read_bytes().count(b"\n") >= n) and process.poll() is None:
         assert time.time() < deadline
@@ -153,7 +153,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint(data, tmp_path, monkeypat
 
 
 def test_killed_while_a_checkpoint_is_written(data, whole, tmp_path):
-    """Half a file is there and then no process: the one before loads, and the run goes on from it."""
+    """The process dies with half a file written: the checkpoint before it loads, and the run goes on from there."""
     half = """
 save = torch.save
 def torch_save(state, file):
@@ -171,7 +171,7 @@ torch.save = torch_save"""
 
 
 def test_what_a_killed_run_wrote_after_its_checkpoint_is_written_once(data, whole, tmp_path):
-    """Lines of steps that the resumed run takes again go, also those of evaluations, whenever it first writes."""
+    """The resumed run removes lines of the steps that it repeats, evaluations too, however late it writes its first line."""
     fit(data, tmp_path, **STEPS | dict(max_iters=8))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         for line in whole[1][whole[1].index(next(m for m in whole[1] if m["step"] == 8 and "train_loss" in m)) :][:9]:
@@ -234,7 +234,7 @@ def test_a_signal_ends_the_step_and_saves(data, whole, tmp_path, monkeypatch, ca
     assert_same_run(tmp_path, data, whole)
 
 
-# without returning to Python, as in waiting for other processes
+# hangs without returning to Python, as a process does that waits for others
 HANGS = "train.learning_rate = lambda *_: torch.distributed.TCPStore('127.0.0.1', 0, 2, True)"
 
 
@@ -275,7 +275,7 @@ def test_a_run_needs_no_standard_output(data, tmp_path):
 
 
 def test_two_runs_never_share_a_folder(data, tmp_path):
-    """The second is refused with the first's process and start, and goes on once that is killed; an evaluation may look."""
+    """The second's error names the first's process and start; once that is killed a run goes on; an evaluation may look."""
     knobs = STEPS | dict(max_iters=9_000, eval_interval=9_000)
     first = start(*flags(data, tmp_path, **knobs))
     wait_for_lines(tmp_path, 5, first)
@@ -316,7 +316,7 @@ def test_torchrun_passes_a_signal_on(data, tmp_path):
     started.append(process)
     wait_for_lines(tmp_path, 10, process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(180) == 1  # torchrun's own
+    assert process.wait(180) == 1  # torchrun's own exit code
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] >= 9
 
 
@@ -331,7 +331,7 @@ def spoil(monkeypatch, steps, loss=lambda x: x, gradient=None):
     def spoiled(self, *args, **kwargs):
         nonlocal count
         logits, value = forward(self, *args, **kwargs)
-        if self.training and not value.is_meta:  # which is how operations are counted
+        if self.training and not value.is_meta:  # flops_per_token() runs the model on meta tensors
             count += 1
             if count // TINY["gradient_accumulation_steps"] in steps:
                 value = loss(value)
@@ -377,7 +377,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(data, tmp_path, monke
 
 
 def test_a_spike(data, tmp_path, monkeypatch, capsys):
-    """Three steps in a row at over twice the running mean are said or, if asked for, end the run; two are not."""
+    """Three steps in a row at over twice the running mean get a line or, with on_spike=stop, end the run; two do not."""
     spoil(monkeypatch, [11, 12, 13], loss=lambda x: 10 * x)
     fit(data, tmp_path / "report", **STEPS)
     assert capsys.readouterr().out.count("twice its running mean") == 1
@@ -403,7 +403,7 @@ def test_a_spike_is_seen_across_a_resume(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_float16_overflow_skips_the_update(data, tmp_path, monkeypatch, optimizer):
-    """By all optimizers, halves the scale, and the run goes on."""
+    """It skips the update of every optimizer and halves the scale, and the run goes on."""
     updates, kinds = [], (torch.optim.AdamW, train.Muon)
     for kind in kinds:
         step = kind.step
@@ -548,7 +548,7 @@ def test_where_one_process_cannot_compile_none_does(data, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_two_processes_compute_the_gradients_of_one(data, tmp_path):
-    """The same global batch in four micro-batches: gradients and losses to 1e-6, each process half of the windows."""
+    """One global batch in four micro-batches: gradients and losses agree to 1e-6, and each process reads half the windows."""
     knobs = dict(max_iters=1, eval_interval=1, eval_iters=3, dropout=0, dtype="float32", gradient_accumulation_steps=4)
     loss = {}
     for name, launch in (("one", lambda *a, **k: [start(*a, **k)]), ("two", two)):
@@ -640,7 +640,7 @@ def test_a_checkpoint_says_what_differs(data, trained, tmp_path):
 
 
 def test_a_checkpoint_of_another_order_of_the_data_is_not_resumed(data, trained, tmp_path):
-    """One that an older train.py wrote: it says how to go on with its weights, and that works."""
+    """An older train.py wrote it: the error says how to go on with its weights, and that works."""
     state = checkpoint.load(trained / "ckpt.pt")
     checkpoint.save(tmp_path, {k: v for k, v in state.items() if k != "order"}, best=False)
     with pytest.raises(UserError, match=f"another order, and cannot be resumed: .* --init_from={tmp_path / 'ckpt.pt'}"):
@@ -691,7 +691,7 @@ def test_broken_shards_are_named_before_the_first_step(squares, tmp_path):
             fit(folder.parent, tmp_path / "out", **STEPS)
         path.touch()
     assert not (tmp_path / "out").exists()
-    # a token beyond the vocabulary, by the data set's own account
+    # a token beyond the vocabulary, in a shard whose sha256 is right
     np.save(path, altered(5, 257))
     meta["shards"]["train"][1]["sha256"] = shards.sha256(path)
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -725,7 +725,7 @@ def test_large_data_is_verified_by_sample_or_whole(squares, tmp_path, monkeypatc
 
 
 def test_disk_full(data, whole, tmp_path):
-    """A limit on the size of files stands for it: the checkpoint doesn't fit, or a line of metrics doesn't."""
+    """A limit on the size of files acts as one: the checkpoint doesn't fit, or a line of metrics doesn't."""
     fit(data, tmp_path, **STEPS | dict(max_iters=8))  # saved at 0 and 8
     kept = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
     for limit in ((tmp_path / "ckpt.pt").stat().st_size // 2, (tmp_path / "metrics.jsonl").stat().st_size + 100):
@@ -849,7 +849,7 @@ def broken(tree, path, value):
 @some
 @given(st.data())
 def test_any_checkpoint(data, trained, tmp_path_factory, draw):
-    """A field of it missing or something else: it says so, or a step can be taken. Nothing else is touched."""
+    """With a field missing or replaced, an error says so or a step can be taken. Sampling leaves the file as it was."""
     state = checkpoint.load(trained / "ckpt.pt")
     folder = tmp_path_factory.mktemp("any")
     path = draw.draw(st.sampled_from([p for p in paths(state) if p[0] != "made_with" or len(p) == 1]))

@@ -45,8 +45,8 @@ def differences(model, data, v, h=1e-6):
 @pytest.fixture(scope="module")
 def explicit():
     """
-    A model of a few hundred parameters, its batches of unequal size, and its whole Hessian by differences of gradients:
-    torch.func.hessian is no reference here, torch 2.13 differentiates LayerNorm's backward pass forward wrongly.
+    A model of a few hundred parameters, its batches of unequal size, and its whole Hessian by differences of gradients.
+    torch.func.hessian is no reference here: torch 2.13's forward-mode derivative of LayerNorm's backward pass is wrong.
     """
     model, data = small(n_layer=1).double(), batches(3, 2)
     H = torch.stack([differences(model, data, e) for e in torch.eye(len(flat(model)), dtype=torch.float64)])

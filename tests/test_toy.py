@@ -36,7 +36,7 @@ def test_noiseless_regression_is_solved_by_least_squares(monkeypatch):
     assert (errors[: toy.Regression.D] > 0.05).all()
 
 
-def test_ridge_is_that_of_a_library_and_the_best(monkeypatch):
+def test_the_posterior_of_linear_regression_is_a_librarys_ridge():
     Ridge = pytest.importorskip("sklearn.linear_model").Ridge
     problem = toy.Regression(None, "cpu")
     x, y = (t.double() for t in problem.examples(40, seed=0))
@@ -62,7 +62,7 @@ def test_the_posterior_of_a_gaussian_process_is_that_of_a_library():
 
 
 def test_a_regression_sees_the_examples_before(data):
-    """Errors change with earlier examples alone, and with y only through the target."""
+    """An error depends on its own and earlier examples alone, and on its own y only as the target."""
     args = arguments(data)
     problem = toy.Regression(None, "cpu")
     model = toy.build(problem, toy.configure("MHA", args, 1), True, "cpu").eval()

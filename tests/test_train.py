@@ -70,7 +70,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(data, tmp_path, choi
 
 
 def test_every_step_draws_its_own_random_numbers(data, tmp_path, monkeypatch):
-    """Another step or another seed of the run is another seed of torch, and nothing else is."""
+    """torch's seed depends on the step and on the run's seed, and on nothing else."""
     seeds, rate = [], train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda *a: seeds.append(torch.initial_seed()) or rate(*a))
     for name, knobs in dict(a={}, again={}, other=dict(seed=4)).items():
@@ -413,7 +413,7 @@ def test_surgery_keeps_the_function_and_trains_on(data, trained, tmp_path, choic
     "shared", [dict(backbone="llama", qk_norm=True), dict(backbone="llama", tied=True), dict(energy="linear")], ids=str
 )
 def test_surgery_on_other_systems(shared):
-    """Whatever has neither momentum nor curvature can take them: they start as nothing."""
+    """Whatever has neither momentum nor curvature can take them: at first they change nothing."""
     donor, idx = tiny(**shared, noise=0.1), torch.arange(9)[None]
     curvature = "none" if "tied" in shared or "energy" in shared else "newton"
     asked = GPTConfig(variant="NagMHA", curvature=curvature, block_size=donor.config.block_size, **shared)
