@@ -39,7 +39,7 @@ import train
 from configurator import parse
 from data import read_meta
 from experiments.arguments import parser_with
-from experiments.plot import enlarge_end, line, new_figure, read_metrics, save
+from experiments.plot import enlarge_end, line, plt, read_metrics, save
 from experiments.records import made, markdown, mean_sd, write
 from guard import UserError, cli
 from model import GPT, GPTConfig
@@ -306,23 +306,34 @@ def report(data):
 
 
 def draw(data, path):
-    """Validation loss of every system, and that loss minus the first system's, which shows what the curves hide."""
-    fig, (ax, beside) = new_figure(2)
+    """
+    Validation loss of every system; that loss minus the first system's, which shows what the curves hide; and below, which is
+    the legend too, this difference at the end with its 95% interval.
+    """
     unit, systems = data["budget"][0], {name: s["runs"] for name, s in data["systems"].items() if not lost(s["runs"])}
     of_base, base = next(iter(systems.values())), next(iter(systems))
-    enlarge_end(ax, {name: curve(runs, "validation", unit) for name, runs in systems.items()})
-    ax.set(xlabel=f"{unit} of training", ylabel="nats per token", title="validation loss")
-    late = []
+    panels, heights = [["loss", "minus"], ["end", "end"]], (2.6, 0.4 + 0.19 * len(systems))
+    fig, axes = plt.subplot_mosaic(panels, height_ratios=heights, figsize=(7, sum(heights) + 0.6))
+    enlarge_end(axes["loss"], {name: curve(runs, "validation", unit) for name, runs in systems.items()})
+    axes["loss"].set(xlabel=f"{unit} of training", ylabel="nats per token", title="validation loss")
+    late, end = [], axes["end"]
     for i, runs in enumerate(systems.values()):
         x, mean, sd = zip(*curve(runs, "validation", unit, of_base), strict=True)
         low, high = ([m + sign * d for m, d in zip(mean, sd, strict=True)] for sign in (-1, 1))
-        beside.plot(x, mean, **line(i))
-        beside.fill_between(x, low, high, color=line(i)["color"], alpha=0.15, lw=0)
+        axes["minus"].plot(x, mean, **line(i))
+        axes["minus"].fill_between(x, low, high, color=line(i)["color"], alpha=0.15, lw=0)
         late += [y for at, *band in zip(x, low, high, strict=True) if at >= 0.4 * x[-1] for y in band if math.isfinite(y)]
-    beside.set(xlabel=f"{unit} of training", title=f"minus {base}'s, seed by seed")
+        difference, interval, _ = paired(final(runs), final(of_base))
+        end.plot(interval or [difference] * 2, (i, i), "|-", color=line(i)["color"])
+        end.plot(difference, i, "o", color=line(i)["color"], ms=4)
+        end.plot((0.004, 0.06), (i, i), transform=end.get_yaxis_transform(), **line(i))
+    axes["minus"].set(xlabel=f"{unit} of training", title=f"minus {base}'s, seed by seed")
     if max(late) > min(late):
-        beside.set_ylim(min(late) - 0.1 * (max(late) - min(late)), max(late) + 0.1 * (max(late) - min(late)))
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        axes["minus"].set_ylim(min(late) - 0.1 * (max(late) - min(late)), max(late) + 0.1 * (max(late) - min(late)))
+    left, right = end.get_xlim()
+    end.set(xlim=(left - 0.08 * (right - left), right), xlabel=f"minus {base}'s at the end, with its 95% interval")
+    end.set_yticks(range(len(systems)), systems)
+    end.invert_yaxis()
     seeds = ", ".join(map(str, data["seeds"]))
     fig.suptitle(f"{data['config']['dataset']}, {data['budget'][1]:,.0f} {unit}: mean ± sd over seeds {seeds}", fontsize=10)
     save(fig, path)
