@@ -224,7 +224,7 @@ def resumed(path, cfg, data, made_with):
 def restore(optimizer, saved):
     """
     Load the state `saved` into an optimizer, whose rates and decays stay as they are. Raises ValueError if the state is not of
-    this optimizer's parameters: torch would take it, and read beyond its end.
+    this optimizer's parameters: torch would load it, and at the next step read beyond the end of its tensors.
     """
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))
     kept = optimizer.state.items()
@@ -252,9 +252,9 @@ def surgery(config, donor, weights):
     """
     Another model's weights in config's model: (config, weights) with the donor's sizes and config's block_size, to which it
     crops position tables. donor, a dict, is the configuration of weights. If both are one system (n_loop may differ), that is
-    all. If the donor has neither momentum nor curvature, as MHA and Llama, config's system starts as the same function: with
-    tau = 0, or with beta = 0, eta = 1 and Nesterov's mu = eta beta, whatever config says. tau and beta are then learned. Raises
-    UserError if that cannot be.
+    all. If the donor has neither momentum nor curvature, as MHA and Llama, config's system starts as the same function: with a
+    curvature at tau = 0, with momentum at beta = 0, gamma = eta = 1 and Nesterov's mu = eta beta, whatever config says. tau and
+    beta are then learned. Raises UserError if that cannot be.
     """
     sizes = {size: donor[size] for size in SIZES}
     if config.block_size > donor["block_size"]:
@@ -342,5 +342,5 @@ def gpt2(name):
     sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions, vocab_size=c.vocab_size)
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
     state = {k: v.t() if k.endswith(transposed) else v for k, v in model.state_dict().items()}
-    tokenizer = getattr(c, "tiktoken_name", "gpt2" if c.vocab_size in GPT2_VOCABULARY else "unknown")  # by experiments.export
+    tokenizer = getattr(c, "tiktoken_name", "gpt2" if c.vocab_size in GPT2_VOCABULARY else "unknown")  # export.py writes it
     return asdict(GPTConfig(**sizes)), state, tokenizer

@@ -92,7 +92,7 @@ class GPTConfig:
     curvature: Literal["none", *CURVATURES] | None = None  # how the energy's gradient is preconditioned
     momentum: Literal[*RULES] | None = None  # how the iterate moves
     momentum_on: Literal[*MOVED] | None = None  # the oracles that the momentum applies to
-    splitting: Literal[*SPLITTINGS] | None = None  # attention, MLP; euler: both at one point; strang: half attention, MLP, half
+    splitting: Literal[*SPLITTINGS] | None = None  # lie_trotter: attention, MLP; euler: both at once; strang: half, MLP, half
     velocity_init: Literal["zero", "embed"] | None = None  # the velocity before the first layer; embed: tables of its own
     velocity_norm: bool | None = None  # a LayerNorm on the velocity, at every step
     tied: bool | None = None  # values are the keys, output projections are transposed input projections
@@ -100,8 +100,8 @@ class GPTConfig:
     qk_norm: bool | None = None  # scale every query and every key to norm sqrt(hs)
     reversible: bool | None = None  # rebuild activations in the backward pass instead of storing them
     beta: float | None = None  # share of the velocity kept from one step to the next, in [0, 1)
-    gamma: float | None = None  # weight of the oracle in the velocity, positive
-    mu: float | None = None  # nesterov: how far to look ahead along the velocity; None in the variant: eta beta
+    gamma: float | None = None  # weight of the oracle in the velocity, positive; adam: length of the step
+    mu: float | None = None  # nesterov: how far to look ahead along the velocity; if the variant has no mu either: eta beta
     eta: float | None = None  # length of the step along the velocity, positive
     tau: float | None = None  # newton, light: how much of the correction is added; 1: the whole step, 0: none
     learned: str | None = None  # which of "beta gamma mu eta tau" are learned, one of each per step of a layer, tau per head
@@ -354,7 +354,7 @@ class GatedLinearAttention(LinearAttention):
 
     def log_a(self, x):
         gate = self.c_gate(x).mT.to(torch.promote_types(x.dtype, torch.float32))
-        # spreads the heads' memories: at first they forget half of what they saw in 1 to 280 tokens
+        # spreads the heads' memories: at first a past is half forgotten after 1 token (first head) to 280 (last)
         return F.logsigmoid(gate + torch.linspace(0, 6, gate.size(1), device=x.device)[:, None])
 
 
@@ -609,8 +609,8 @@ class Dense(nn.Module):
 
 class Sums(Gradient):
     """
-    x <- x + eta (1 + beta + ... + beta^(n-1-i)) g_i(x)    control for MomenMHA, derived: there is no velocity; step i of n
-    adds at once what Polyak adds of the direction g_i in all steps from i on.
+    x <- x + eta (1 + beta + ... + beta^(n-1-i)) g_i(x)    control for MomenMHA, derived. There is no velocity: step i, from
+    0 to n - 1, adds at once what Polyak adds of the direction g_i in the steps from i to n - 1.
     """
 
     def __init__(self, config, n_oracles, before, weight):
@@ -780,8 +780,8 @@ BY_MATRICES = {"cpu", "meta"}  # a CPU takes twice the time for a fused kernel; 
 
 def sdpa(q, k, v, dropout_p=0.0, is_causal=False, scale=None):
     """
-    F.scaled_dot_product_attention; on a CPU by plain matrix products. Autograd keeps their logits, rounded to q's dtype: at
-    2,048 tokens these double the activations, so beyond that the fused kernel takes over.
+    F.scaled_dot_product_attention; on a CPU by plain matrix products, whose logits are rounded to q's dtype. Autograd keeps the
+    weights: at 2,048 tokens these double the activations, so beyond that the fused kernel takes over.
     """
     if q.device.type in BY_MATRICES and is_causal and q.size(2) <= 2048:
         return in_chunks(lambda q, k: weights(q, k, scale), q, k, v, dropout_p)
@@ -963,7 +963,7 @@ OF_MHA = {axis: values[0] for axis, values in axes(GPTConfig).items()} | NUMBERS
 
 
 def resolved(config):
-    """{choice: what None means}: the variant's value; MHA's if the variant gives none, or if no other choice reads this one."""
+    """{choice: what None means}: the variant's value; MHA's if the variant gives none, or if by READ_BY nothing reads it."""
     row = OF_MHA | VARIANTS.get(config.variant, {})
     chosen = {name: row[name] if getattr(config, name) is None else getattr(config, name) for name in OF_MHA}
     unread = {knob for knob, (axis, readers) in READ_BY.items() if chosen[axis] not in readers}

@@ -331,7 +331,7 @@ class Rows:
     column: str
     first: int
     size: int
-    number: int  # of the first in its split
+    number: int  # the first row's number in its split, from 0; `first` counts in its file
     split: str
     every: int | None  # one document in so many is held out; None: none
 
@@ -486,7 +486,7 @@ def main(arguments):
 
 
 def clear(folder, lock=False):
-    """Delete what prepare writes into a folder, meta.json first, nothing else; with lock, also the lock and an empty folder."""
+    """Delete what prepare writes into a folder, meta.json first; with lock, also the lock, and the folder if now empty."""
     ours = re.compile(r"(meta\.json|(train|val)_\d{3,}\.npy)(\.tmp)?" + "|lock" * lock)
     for path in sorted(path for path in folder.iterdir() if path.is_file() and ours.fullmatch(path.name)):
         path.unlink()

@@ -94,7 +94,7 @@ def main(arguments):
     model, tokenizer = load(cfg, pick_device(cfg.device))
     tokens = tokenizer.encode(prompt(cfg.start), allowed_special={"<|endoftext|>"}, disallowed_special=())
     if (largest := max(tokens, default=0)) >= model.config.vocab_size:
-        raise UserError(f"the prompt has the token {largest}, the model knows {model.config.vocab_size} tokens: try another")
+        raise UserError(f"the prompt has the token {largest}, the model knows {model.config.vocab_size}: take another prompt")
     idx = torch.tensor([tokens or [tokenizer.eot_token]], device=model.lm_head.weight.device)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can

@@ -55,7 +55,7 @@ class Config(GPTConfig):
     logger_project: str = "nanodescent"  # the project in the tracker
     logger_name: str = ""  # the run's name in the tracker; empty: out_dir
     on_spike: Literal["report", "stop"] = "report"  # what to do when the loss is over twice its running mean for 3 steps
-    verify: bool = False  # check the sha256 of all shards before the first step; False: of a sample of large data
+    verify: bool = False  # check the sha256 of all shards before the first step; False: of some, up to 256 MB
     # the batch
     batch_size: int = 12  # sequences in a micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes
@@ -103,8 +103,9 @@ def model_config(cfg, **others):
 class Muon(torch.optim.Muon):
     """
     torch.optim.Muon with another step. A parameter may stack n matrices, as c_attn stacks q, k and v: each gets its own
-    update (`stacked` has the n). torch's step multiplies in bfloat16; where a processor has no instructions for it, this step
-    multiplies in float32, which is fifteen times as fast there.
+    update (a group's `stacked` lists the n of its parameters). torch's step multiplies in bfloat16; where a processor has no
+    instructions for it, this step multiplies in float32, which is fifteen times as fast there. In all else it is torch's with
+    nesterov=True and adjust_lr_fn="match_rms_adamw".
     """
 
     @torch.no_grad()
@@ -112,9 +113,13 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             a, b, c = group["ns_coefficients"]
             for p, n in zip(group["params"], group["stacked"], strict=True):
-                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if p.grad is None:
+                    continue
+                if not (state := self.state[p]):
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                m = state["momentum_buffer"]
                 m.lerp_(p.grad, 1 - group["momentum"])
-                short = torch.float32 if short_dtype(p.device.type) == "float32" else torch.bfloat16
+                short = torch.bfloat16 if short_dtype(p.device.type) == "bfloat16" else torch.float32
                 x = p.grad.lerp(m, group["momentum"]).to(short).unflatten(0, (n, -1))
                 rows, columns = x.shape[1:]
                 x = x if rows <= columns else x.mT
@@ -130,8 +135,9 @@ class Muon(torch.optim.Muon):
 
 def optimizers(model, cfg, device):
     """
-    The optimizers of a model. The rate of a parameter group is its `peak` times the schedule's. The groups are: matrices and
-    embeddings, with weight decay; biases and norms, without; learned scalars, at a rate of their own.
+    The optimizers of a model: AdamW and, if cfg.optimizer is muon, Muon for the matrices of the blocks. A group's rate is its
+    `peak` times the schedule's. AdamW's groups: other matrices and embeddings, with weight decay; biases and norms, without;
+    learned scalars, at a rate of their own.
     """
     scalars = {p for m in model.modules() if isinstance(m, Scalar) for p in m.parameters()}
     hidden = {p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"}
@@ -148,7 +154,7 @@ def optimizers(model, cfg, device):
     hidden = [p for p in model.parameters() if p in hidden]
     numbers = {m.weight: m.n for m in model.modules() if isinstance(m, Stacked)}
     group = dict(params=hidden, stacked=[numbers.get(p, 1) for p in hidden], peak=1.0)
-    muon = Muon([group], weight_decay=cfg.weight_decay)
+    muon = Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
@@ -187,7 +193,7 @@ class Loss(nn.Module):
 class Machine:
     """
     Where a run computes: one of `world` processes, its device, and the precision of its matrix products. Raises UserError if
-    the processes cannot share a step, or if there is no such device.
+    the processes cannot share a step, if there is no such device, or if it lacks the float64 that reversible=True needs.
     """
 
     def __init__(self, cfg):
@@ -351,7 +357,7 @@ def evaluate(model, data, machine, signals):
 def train(cfg, signals, until_end):
     """
     One run, from its configuration to its last checkpoint. Once the list `signals` is not empty, it stops after the step in
-    progress. until_end, an ExitStack, releases what it holds.
+    progress. The run's Log goes into until_end, an ExitStack: whoever closes that closes the log.
     """
     machine = Machine(cfg)
     data = Data(cfg, machine)
@@ -427,7 +433,7 @@ def train(cfg, signals, until_end):
             machine.scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
 
-        # the one exchange of a step, so that all processes agree before the update: is all finite, and is it time to stop?
+        # the one exchange beside the gradients', so that all processes agree before the update: is all finite? time to stop?
         loss, norm, stopping = machine.sums(mean_loss / machine.world, norm / machine.world, len(signals))
         if not math.isfinite(loss) or not (math.isfinite(norm) or machine.scaler.get_scale() > 1):
             give_up(f"the loss is {loss:.4g} and the norm of the gradient {norm:.4g} at rate {rate:.3g}")

@@ -56,8 +56,8 @@ def count(cfg):
 
 def matched(cfg, other):
     """
-    The n_embd that brings cfg's number of parameters nearest to other's. Only widths with heads of a multiple of 8 count, which
-    are fast, if one of them comes within 1%; otherwise all widths count.
+    The n_embd that brings cfg's number of parameters nearest to other's. Heads whose width is a multiple of 8 are fast: if an
+    n_embd with such heads comes within 1%, only these count; otherwise all that n_head (and llama's pairs) allow.
     """
     n = sum(count(other).values())
 
@@ -119,7 +119,8 @@ def run(command, folder, threads):
     with open(f"{folder}.log", "a" if resume else "w") as log:
         done = subprocess.run([sys.executable, train.__file__, *command, *resume], stdout=log, stderr=log,
                               env=os.environ | dict(OMP_NUM_THREADS=str(threads)))  # fmt: skip
-    if progress(folder, cfg) != cfg.max_iters and not (done.returncode and diverged(folder)):
+    step = progress(folder, cfg)
+    if step != cfg.max_iters and (step is None or not done.returncode or not diverged(folder)):
         raise UserError(f"the run failed or was stopped, see {folder}.log: python train.py {shlex.join(command)}")
 
 
@@ -307,8 +308,8 @@ def report(data):
 
 def draw(data, path):
     """
-    Validation loss of every system; that loss minus the first system's, which shows what the curves hide; and below, which is
-    the legend too, this difference at the end with its 95% interval.
+    Three panels, of the systems that did not diverge: the validation loss; that loss minus the first system's, which shows what
+    the curves hide; below, this difference at the end with its 95% interval. The lowest panel is the legend too.
     """
     unit, systems = data["budget"][0], {name: s["runs"] for name, s in data["systems"].items() if not lost(s["runs"])}
     of_base, base = next(iter(systems.values())), next(iter(systems))

@@ -70,7 +70,7 @@ def draw_look_ahead(ax):
 
 
 def split(splitting, start):
-    """The points of one layer of gradient steps on attention and swirl, and what leads to each later one: "A", "M" or "AM"."""
+    """The points before and after each gradient step of one layer on attention and swirl, and what each asks: A, M or AM."""
     asked, oracles, points = SPLITTINGS[splitting], dict(A=attention, M=swirl), [start]
     for names in asked:
         step = rule("none", 1 / asked.count(names))
@@ -95,7 +95,7 @@ def draw_split(ax):
         for a, b, names in zip(points[:-1], points[1:], asked, strict=True):
             arrow(ax, a, b, color=f"C{i}", ls="--" if names == "M" else "-")
         ax.plot(*points[-1], "o", color=f"C{i}", label=f"{splitting}: {', '.join(asked)}")
-    ax.set_title("one layer of two oracles: attention (A, solid) and a rotation (M, dashed)")
+    ax.set_title("one layer of two oracles: attention (A) and a rotation (M, alone: dashed)")
 
 
 def weights(attend, tau, n=8, hs=8):

@@ -75,7 +75,7 @@ class Regression:
 
     def posterior(self, x, y):
         """
-        Squared errors, (EXAMPLES,), of the best predictor there is, the posterior mean of f(x_i) given the examples before.
+        Mean squared errors, (EXAMPLES,), of the best predictor: the posterior mean of f(x_i) given the examples before.
         If L L^T is the covariance of y, the i-th error is L_ii (L^-1 y)_i (derived). In float64: in float32 L may not exist.
         """
         x, y = x.cpu().double(), y.cpu().double()
@@ -119,10 +119,10 @@ class Regression:
         return {f"{i} examples": lambda e, i=i: e["by_examples"][i] for i in at}
 
     def describe(self):
-        least = self.summary(self.least)["by_examples"]
+        least, of_0 = self.summary(self.least)["by_examples"], self.summary(torch.tensor([1 + NOISE**2]))["loss"]
         return (
             f"{self.name}: x of dimension {self.D}, {self.EXAMPLES} examples in a sequence, {SEQUENCES} sequences per step, "
-            f"noise of standard deviation {NOISE}. Predicting 0 has a mean squared error of {1 + NOISE**2:.2f}. The posterior "
+            f"noise of standard deviation {NOISE}. Predicting 0 has a {self.loss} of {of_0:.3f}. The posterior "
             f"mean, the best there is, has a {self.loss} of {self.reference:.3f}, and of {least[-1]:.3f} with "
             f"{self.EXAMPLES - 1} examples."
         )
