@@ -55,7 +55,7 @@ def look_ahead():
 
 def draw_look_ahead(ax):
     x, v, ends = look_ahead()
-    plane(ax, (-1.3, 3.6), (-1.6, 1.9))
+    plane(ax, (-1.3, 3.6), (-1.6, 2.2))
     kept = x + 0.9 * v  # where the kept velocity alone leads, and where Nesterov asks
     arrow(ax, x, kept, color="black", ls="--")
     ax.plot([], [], "k--", label=r"the velocity that is kept, $\beta v$")
@@ -88,14 +88,14 @@ def flow(start, steps=1000):
 
 def draw_split(ax):
     start = torch.tensor([1.0, -1.9]).double()
-    plane(ax, (-0.3, 3.9), (-2.2, 1.3))
+    plane(ax, (-0.3, 3.9), (-2.2, 1.6))
     ax.plot(*flow(start).T, "k:", label="both at all times")
     for i, splitting in enumerate(SPLITTINGS):
         points, asked = split(splitting, start)
         for a, b, names in zip(points[:-1], points[1:], asked, strict=True):
-            arrow(ax, a, b, color=f"C{i}", ls="--" if names == "M" else "-")
+            arrow(ax, a, b, color=f"C{i}", ls=dict(A="-", M="--", AM="-.")[names])
         ax.plot(*points[-1], "o", color=f"C{i}", label=f"{splitting}: {', '.join(asked)}")
-    ax.set_title("one layer of two oracles: attention (A) and a rotation (M, alone: dashed)")
+    ax.set_title("one layer of two oracles: attention (A, solid) and a rotation (M, dashed)")
 
 
 def weights(attend, tau, n=8, hs=8):
