@@ -123,7 +123,8 @@ def load(path):
         raise UserError(f"cannot read {path}: {error}") from None
     except Exception as error:  # bytes that are no checkpoint can make the unpickler raise anything
         raise UserError(f"{path} is not a whole checkpoint of train.py ({type(error).__name__}){offer}") from None
-    return state | dict(model_config=renewed(path, state["model_config"], state["model"]))
+    with fitting(path):
+        return state | dict(model_config=renewed(path, state["model_config"], state["model"]))
 
 
 def renewed(path, config, weights):

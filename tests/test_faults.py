@@ -846,6 +846,14 @@ def broken(tree, path, value):
     return tree
 
 
+@pytest.mark.parametrize("choice", ["momentum", "energy", "learned", "inner_steps"])
+def test_a_choice_of_the_wrong_type_in_a_checkpoint(choice, trained, tmp_path):
+    state = checkpoint.load(trained / "ckpt.pt")
+    torch.save(state | dict(model_config=state["model_config"] | {choice: [["a"]]}), tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"ckpt\.pt does not fit: "):
+        checkpoint.load_model(tmp_path / "ckpt.pt")
+
+
 @some
 @given(st.data())
 def test_any_checkpoint(data, trained, tmp_path_factory, draw):
