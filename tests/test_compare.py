@@ -186,15 +186,13 @@ def test_budget_of_seconds(flags, here):
                   "--", *flags, "--lr_decay_iters=7"])  # fmt: skip
     assert here == ["out/s/MHA-timed", "out/s/MHA_n_layer=8-timed", "out/s/MHA-1", "out/s/MHA_n_layer=8-1"]
     data, table = result("s")
-    steps = []
     for folder in here[:2]:
         with open(f"{folder}/metrics.jsonl") as file:
             speeds = [r["tokens_per_second"] for r in map(json.loads, file) if "tokens_per_second" in r]
         state = checkpoint.load(folder.replace("timed", "1") + "/ckpt.pt")
         assert state["step"] == max(1, round(0.5 * statistics.median(speeds) / 256)) and len(speeds) > 3
         assert state["config"]["lr_decay_iters"] is None
-        steps.append(state["step"])
-    assert steps[0] > 1.5 * steps[1] and data["budget"] == ["seconds", 0.5]
+    assert data["budget"] == ["seconds", 0.5]
     assert "seconds to MHA's loss" in table
 
 
