@@ -39,7 +39,7 @@ import train
 from configurator import parse
 from data import read_meta
 from experiments.arguments import parser_with
-from experiments.plot import enlarge_end, line, plt, read_metrics, save
+from experiments.plot import bands, enlarge_end, line, plt, read_metrics, save
 from experiments.records import made, markdown, mean_sd, write
 from guard import UserError, cli
 from model import GPT, GPTConfig
@@ -315,22 +315,18 @@ def draw(data, path):
     of_base, base = next(iter(systems.values())), next(iter(systems))
     panels, heights = [["loss", "minus"], ["end", "end"]], (2.6, 0.4 + 0.19 * len(systems))
     fig, axes = plt.subplot_mosaic(panels, height_ratios=heights, figsize=(7, sum(heights) + 0.6))
-    enlarge_end(axes["loss"], {name: curve(runs, "validation", unit) for name, runs in systems.items()})
+    enlarge_end(axes["loss"], [curve(runs, "validation", unit) for runs in systems.values()])
     axes["loss"].set(xlabel=f"{unit} of training", ylabel="nats per token", title="validation loss")
-    late, end = [], axes["end"]
+    differences, end = [curve(runs, "validation", unit, of_base) for runs in systems.values()], axes["end"]
+    low, high = bands(axes["minus"], differences, start=0.4 * differences[0][-1][0])
+    axes["minus"].set(xlabel=f"{unit} of training", title=f"minus {base}'s, seed by seed")
+    if high > low:
+        axes["minus"].set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     for i, runs in enumerate(systems.values()):
-        x, mean, sd = zip(*curve(runs, "validation", unit, of_base), strict=True)
-        low, high = ([m + sign * d for m, d in zip(mean, sd, strict=True)] for sign in (-1, 1))
-        axes["minus"].plot(x, mean, **line(i))
-        axes["minus"].fill_between(x, low, high, color=line(i)["color"], alpha=0.15, lw=0)
-        late += [y for at, *band in zip(x, low, high, strict=True) if at >= 0.4 * x[-1] for y in band if math.isfinite(y)]
         difference, interval, _ = paired(final(runs), final(of_base))
         end.plot(interval or [difference] * 2, (i, i), "|-", color=line(i)["color"])
         end.plot(difference, i, "o", color=line(i)["color"], ms=4)
         end.plot((0.004, 0.06), (i, i), transform=end.get_yaxis_transform(), **line(i))
-    axes["minus"].set(xlabel=f"{unit} of training", title=f"minus {base}'s, seed by seed")
-    if max(late) > min(late):
-        axes["minus"].set_ylim(min(late) - 0.1 * (max(late) - min(late)), max(late) + 0.1 * (max(late) - min(late)))
     left, right = end.get_xlim()
     end.set(xlim=(left - 0.08 * (right - left), right), xlabel=f"minus {base}'s at the end, with its 95% interval")
     end.set_yticks(range(len(systems)), systems)

@@ -56,22 +56,28 @@ def assert_gradient(q):
     assert (step + gradient).abs().max() < 1e-12
 
 
+def plane(ax, x, y):
+    """This part of the plane, x and y from and to: the contours of the free energy, and the keys."""
+    points = torch.stack(torch.meshgrid(torch.linspace(*x, 200), torch.linspace(*y, 200), indexing="xy"), -1).double()
+    ax.contourf(*points.unbind(-1), free_energy(points), 30, cmap="Greys", alpha=0.5)
+    ax.plot(*K.T, "k*", ms=10, label="keys")
+    ax.set(aspect="equal", xticks=[], yticks=[], xlim=x, ylim=y)
+
+
 def draw(paths, out):
     """The plane with the keys, the contours of F and the paths; beside it F by layer. A GIF shows them layer by layer."""
-    fig, (plane, beside) = new_figure(2)
-    x, y = torch.meshgrid(torch.linspace(-1.9, 3.3, 200), torch.linspace(-2.4, 2.6, 200), indexing="xy")
-    plane.contourf(x, y, free_energy(torch.stack((x, y), -1).double()), 30, cmap="Greys", alpha=0.5)
-    plane.plot(*K.T, "k*", ms=10, label="keys")
+    fig, (ax, beside) = new_figure(2)
+    plane(ax, (-1.9, 3.3), (-2.4, 2.6))
     lines = []
     for i, (name, points) in enumerate(paths.items()):
         style = dict(color=f"C{i}", marker="o", ms=3.5)
-        lines.append((points, *plane.plot(*points.T, **style, label=f"{name}: {SYSTEMS[name]}")))
+        lines.append((points, *ax.plot(*points.T, **style, label=f"{name}: {SYSTEMS[name]}")))
         lines.append(
             (torch.stack((torch.arange(len(points)), free_energy(points)), 1), *beside.plot(free_energy(points), **style))
         )
-    plane.set(aspect="equal", xticks=[], yticks=[], title="one query in the plane, from the lower left")
+    ax.set(title="one query in the plane, from the lower left")
     beside.set(xlabel="layers", title="its free energy", ylim=(-1.25, 0.6))
-    fig.legend(*plane.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     if not out.endswith(".gif"):
         return save(fig, out)
 

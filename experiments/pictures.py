@@ -13,7 +13,7 @@ import os
 import torch
 
 from experiments.arguments import parser_with
-from experiments.idea import K, free_energy
+from experiments.idea import K, plane
 from experiments.plot import new_figure, save
 from guard import cli
 from model import RULES, SPLITTINGS, GPTConfig, light_attention, newton_attention, softmax_attention
@@ -32,14 +32,6 @@ def swirl(q):
 def rule(momentum, weight=1.0, **choices):
     """An update rule by its name, for points (2,); its numbers are constants."""
     return RULES[momentum](GPTConfig(momentum=momentum, n_layer=1, n_head=1, n_embd=2, **choices), 1, 0, weight)
-
-
-def plane(ax, x, y):
-    """The contours of the free energy and the keys, in this part of the plane."""
-    at = torch.stack(torch.meshgrid(torch.linspace(*x, 200), torch.linspace(*y, 200), indexing="xy"), -1).double()
-    ax.contourf(*at.unbind(-1), free_energy(at), 30, cmap="Greys", alpha=0.5)
-    ax.plot(*K.T, "k*", ms=10)
-    ax.set(aspect="equal", xticks=[], yticks=[], xlim=x, ylim=y)
 
 
 def arrow(ax, start, end, **style):
@@ -162,7 +154,7 @@ def main(arguments):
         fig, axes = new_figure(columns)
         draw(axes)
         handles = {label: h for ax in fig.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=4 if len(handles) == 4 else 3)
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=3)
         save(fig, os.path.join(args.out, f"learn_{name}.png"))
 
 

@@ -10,6 +10,7 @@ import os
 from math import isfinite
 
 import matplotlib
+import numpy as np
 
 from experiments.arguments import parser_with
 from guard import UserError, cli
@@ -46,17 +47,26 @@ def line(i):
     return dict(color=f"C{i % n}", ls=("-", "--", ":", "-.")[i // n % 4])
 
 
+def bands(ax, curves, start):
+    """
+    Curves [[(x, mean, sd), ...], ...] as lines in bands of mean ± sd. Returns the lowest and the highest point that the bands
+    have from x = start on.
+    """
+    late = []
+    for i, points in enumerate(curves):
+        x, mean, sd = np.array(points).T
+        ax.plot(x, mean, **line(i))
+        ax.fill_between(x, mean - sd, mean + sd, color=line(i)["color"], alpha=0.15, lw=0)
+        late += [y for y in (*(mean - sd)[x >= start], *(mean + sd)[x >= start]) if isfinite(y)]
+    return min(late), max(late)
+
+
 def enlarge_end(ax, curves, share=0.3):
-    """Curves {label: [(x, mean, sd), ...]} as lines in bands of mean ± sd; an inset has the last `share` of x."""
-    inset, ends, last = ax.inset_axes((0.34, 0.36, 0.64, 0.62)), [], max(points[-1][0] for points in curves.values())
-    for i, (label, points) in enumerate(curves.items()):
-        x, mean, sd = zip(*points, strict=True)
-        low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
-        for where in ax, inset:
-            where.plot(x, mean, label=label, **line(i))
-            where.fill_between(x, low, high, color=line(i)["color"], alpha=0.15, lw=0)
-        ends += [y for at, *band in zip(x, low, high, strict=True) if at >= (1 - share) * last for y in band if isfinite(y)]
-    inset.set(xlim=((1 - share) * last, last), ylim=(min(ends), max(ends)))
+    """The bands of curves, and in an inset the last `share` of x."""
+    inset, last = ax.inset_axes((0.34, 0.36, 0.64, 0.62)), max(points[-1][0] for points in curves)
+    start = (1 - share) * last
+    bands(ax, curves, start)
+    inset.set(ylim=bands(inset, curves, start), xlim=(start, last))
     inset.tick_params(labelsize=7)
     ax.indicate_inset_zoom(inset, edgecolor="black", alpha=0.4)
 
