@@ -243,7 +243,7 @@ def short_runs(args):
 
 
 def compare(args, name, steps, seeds, **knobs):
-    """A comparison of LEARNING: the seconds that it took and {system: its runs}. Raises UserError."""
+    """A comparison of LEARNING: the seconds that it took, and its systems as in its JSON. Raises UserError."""
     knobs = dict(dataset=args.dataset, data_dir=args.data_dir, optimizer="muon", learning_rate=args.learning_rate,
                  min_lr=args.learning_rate / 10, log_interval=5, warmup_iters=steps // 10) | args.learner | knobs  # fmt: skip
     command = [
@@ -271,8 +271,7 @@ def compare(args, name, steps, seeds, **knobs):
     if process.returncode:
         raise UserError(f"{name} failed: its error is above")
     with open(os.path.join(args.out, f"{name}.json")) as file:
-        systems = json.load(file)["systems"]
-    return time.monotonic() - began, {system: of_system["runs"] for system, of_system in systems.items()}
+        return time.monotonic() - began, json.load(file)["systems"]
 
 
 def learning(args):
@@ -280,19 +279,19 @@ def learning(args):
     if not steps:  # a short comparison measures how long a step takes
         shutil.rmtree("out/learning_short", ignore_errors=True)  # an earlier call's: its finished runs would not run again
         seconds, systems = compare(args, "learning_short", 40, [0], eval_interval=40)
-        a_step = max(run["per_step"]["seconds"] for (run,) in systems.values())
+        a_step = max(s["per_step"]["seconds"] for s in systems.values())
         starting = seconds - 40 * a_step
         steps = min(args.most_steps, int((left(args) / args.seeds - 1.2 * starting) / (1.1 * a_step)))
         if steps < 50:
             raise UserError(f"the time left is enough for {steps} steps only: give more --minutes")
     for n in range(1, args.seeds + 1):
         seconds, systems = compare(args, "learning", steps, range(1, n + 1), eval_interval=-(-steps // 6))
-        for name, runs in systems.items():
-            run = runs[n - 1]
+        for name, s in systems.items():
+            run = s["runs"][n - 1]
             yield f"{name}, seed {n}", {"steps": steps, "loss": run["validation"][-1][1], "GB": run["memory_gb"],
                                         "tokens/s, all at once": run["tokens_per_second"], "all runs, s": seconds}  # fmt: skip
         if n == 1:
-            best = min(systems, key=lambda name: systems[name][0]["validation"][-1][1])
+            best = min(systems, key=lambda name: systems[name]["runs"][0]["validation"][-1][1])
             of_best = f"--out_dir=out/learning/{best}-1", "--start=The", "--max_new_tokens=200", "--num_samples=2"
             text = subprocess.run([sys.executable, ROOT / "sample.py", *of_best], capture_output=True, text=True)
             write(os.path.join(args.out, "sample.txt"), f"{best} after {steps} steps\n\n{text.stdout or text.stderr}")

@@ -7,14 +7,16 @@ Several systems, several seeds, one budget: runs of train.py, a table of their l
 
 A system is a variant, with overrides behind it; --match=SYSTEM among them sets the width that brings its number of
 parameters nearest to that system's. What follows -- goes to every run. All systems have one budget: the config's max_iters, or
-so many --steps, --tokens or --seconds. With one of these three the learning rate's schedule ends when the budget does.
+so many --steps, --tokens, --seconds or oracle --calls. With one of these four the learning rate's schedule ends when the budget
+does. A step makes as many calls as its forward pass asks an attention or an MLP for a direction.
 
 With --learning_rates each system takes the rate that is best for it. Each rate gets one run that decides this, with
 --tuning_seed and --tuning_share of the budget. The seeds of the table decide nothing. min_lr keeps its ratio to the rate.
 
 Runs live in out/NAME. Finished ones do not run again and interrupted ones go on, so you can stop the command and repeat it.
 A few steps of each system alone measure its speed. The command writes NAME.md, .png and .json to --out; the last has the
-curves and all that the other two are made from.
+curves and all that the other two are made from. --reuse results/NAME.json takes from there the runs that have the same
+configuration, so you can add a system to a table and train nothing else. You answer for the same code and the same text.
 """
 
 import datetime
@@ -44,7 +46,7 @@ from experiments.records import made, markdown, mean_sd, write
 from guard import UserError, cli
 from model import GPT, GPTConfig
 
-UNITS = ("steps", "tokens", "seconds")
+UNITS = dict(steps="steps", tokens="tokens", seconds="seconds", calls="oracle calls")
 
 
 def count(cfg):
@@ -83,8 +85,9 @@ def command_of(system, common):
     return command
 
 
-def tokens_per_step(cfg):
-    return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+def identity(cfg):
+    """All of a run's configuration that makes it this run: not where it lives."""
+    return {name: value for name, value in asdict(cfg).items() if name not in ("out_dir", "overwrite")}
 
 
 def progress(folder, cfg):
@@ -150,20 +153,20 @@ def spike(records):
     return max((loss / statistics.mean(losses[i - 10 : i]) for i, loss in enumerate(losses) if i >= 10), default=float("nan"))
 
 
-def read_run(command, tokens_per_second=None):
-    """What table and figure need of a finished run, as plain values. Its seconds are at tokens_per_second; None: its own."""
+def read_run(command):
+    """What table and figure need of a finished run, as plain values."""
     cfg = parse(train.Config, command)
     records, path = read_metrics(cfg.out_dir), os.path.join(cfg.out_dir, "ckpt.pt")
     state = checkpoint.load(path)
     config = GPTConfig(**state["model_config"])
-    validation, fast = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r], tokens_per_second or speed(records)
+    validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
     if diverged(cfg.out_dir):
         validation.append((cfg.max_iters, math.inf))
     return state.get("made_with", {}) | dict(
         command=shlex.join(["python", "train.py", *command]),
+        config=identity(cfg),
         date=datetime.date.fromtimestamp(os.path.getmtime(path)).isoformat(),
         steps=cfg.max_iters,
-        per_step=dict(steps=1, tokens=tokens_per_step(cfg), seconds=tokens_per_step(cfg) / fast),
         tokens_per_second=speed(records),
         memory_gb=max(r["memory_gb"] for r in records if "memory_gb" in r),
         spike=spike(records),
@@ -176,13 +179,34 @@ def read_run(command, tokens_per_second=None):
     )
 
 
+def read_runs(path):
+    """The runs in the .json of a comparison, those that chose rates among them. Raises UserError."""
+    try:
+        with open(path) as file:
+            systems = json.load(file)["systems"]
+        runs = [run for s in systems.values() for run in (*s["runs"], *s["tuning"].values())]
+        return [run for run in runs if "config" in run]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--reuse {path} is not the .json of a comparison ({type(error).__name__})") from None
+
+
+def outcomes(commands, known, jobs):
+    """{folder: the record of its run} for {folder: command}: one of those known, or what a run here gives. Raises UserError."""
+    same = {}
+    for folder, command in commands.items():
+        wanted = identity(parse(train.Config, command))
+        same[folder] = next((run for run in known if run["config"] == wanted), None)
+    run_all({folder: command for folder, command in commands.items() if not same[folder]}, jobs)
+    return {folder: same[folder] or read_run(command) for folder, command in commands.items()}
+
+
 def final(runs):
     """The last validation loss of each run."""
     return [run["validation"][-1][1] for run in runs]
 
 
 def oracle_calls(config):
-    """How often a forward pass asks a sublayer of a GPTConfig's model for a direction, an inner step counting as one."""
+    """How often a forward pass of a GPTConfig's model asks an attention or MLP for a direction. An inner step counts as one."""
     with torch.device("meta"):
         model, asked = GPT(replace(config, reversible=False)), []
         for block in model.transformer.h:
@@ -197,18 +221,16 @@ def lost(runs):
     return math.inf in final(runs)
 
 
-def curve(runs, kind, unit, base=None):
+def curve(system, kind, unit, base=None):
     """
     [(x, mean, sd), ...] of the losses of a system's runs or, if there is a base, of the losses minus the base's, seed by seed.
-    kind: training or validation; x in steps, tokens or seconds of training.
+    kind: training or validation; unit: of x, one of UNITS.
     """
-    scale = statistics.mean(run["per_step"][unit] for run in runs)
     points = []
-    for at in zip(*(run[kind] for run in runs), strict=True):
-        x, losses = at[0][0] * scale, [loss for _, loss in at]
+    for at in zip(*(run[kind] for run in system["runs"]), strict=True):
+        x, losses = at[0][0] * system["per_step"][unit], [loss for _, loss in at]
         if base:
-            scales = statistics.mean(run["per_step"][unit] for run in base)
-            theirs = [np.interp(x, *(np.array(run[kind]) * (scales, 1)).T) for run in base]
+            theirs = [np.interp(x, *(np.array(run[kind]) * (base["per_step"][unit], 1)).T) for run in base["runs"]]
             losses = [float(loss - other) for loss, other in zip(losses, theirs, strict=True)]
         points.append((x, statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0))
     return points
@@ -256,50 +278,51 @@ by the paired t-test. p: that of the two-sided test, n = {n}, after Holm's corre
 seeds the test has little power: a large p does not say that two systems are equal.
 
 To {base}'s loss: where a system's mean validation curve, linear between evaluations, first comes down to {base}'s final
-mean. Oracle calls: of attention or MLP in a forward pass. Seconds: of the training steps of one run, at the speed of a few
-steps measured alone. GB: peak memory. Spike: the largest ratio of a training loss to the mean of the ten logged before it.
-The last three columns are numbers of parameters.
+mean. Oracle calls: of attention or MLP, in the forward passes of all steps. Seconds: of the training steps of one run, at
+the speed of a few steps measured alone. GB: peak memory. Spike: the largest ratio of a training loss to the mean of the ten
+logged before it. The last three columns are numbers of parameters.
 
 """
 
 
 def report(data):
     """The text of NAME.md."""
-    cfg, unit, systems = data["config"], data["budget"][0], data["systems"]
+    cfg, (unit, budget), systems = data["config"], data["budget"], data["systems"]
     base, first = next(iter(systems.items()))
     of_base, tuned = first["runs"], len(first["tuning"]) > 0
     against = {name: paired(final(s["runs"]), final(of_base)) for name, s in systems.items() if name != base}
     corrected = holm({name: p for name, (_, _, p) in against.items()})
-    head = f"system|loss|minus {base}'s|p|tokens|oracle calls|seconds|{unit} to {base}'s loss|GB|spike|embedding|layers|scalars"
+    head = f"system|loss|minus {base}'s|p|tokens|oracle calls|seconds|{UNITS[unit]} to {base}'s loss|GB|spike"
+    head += "|embedding|layers|scalars"
     rows, backbones = [], {run["backbone"] for s in systems.values() for run in s["runs"]}
     for name, s in systems.items():
         runs, (difference, interval, _) = s["runs"], against.get(name, (None, None, None))
-        at = None if lost(runs) else reach(curve(runs, "validation", unit), curve(of_base, "validation", unit)[-1][1])
-        tokens = runs[0]["steps"] * runs[0]["per_step"]["tokens"]
+        at = None if lost(runs) else reach(curve(s, "validation", unit), curve(first, "validation", unit)[-1][1])
+        total = {unit: runs[0]["steps"] * per_step for unit, per_step in s["per_step"].items()}
         rows.append([
             name + f", {runs[0]['backbone']}" * (len(backbones) > 1) + f", width {runs[0]['n_embd']}" * ("--match" in name)
             + f", rate {s['rate']}" * tuned,
             mean_sd(final(runs)),
             "" if difference is None else f"{difference:+.4f}" + (" [{:+.4f}, {:+.4f}]".format(*interval) if interval else ""),
             "" if corrected.get(name) is None else f"{corrected[name]:.2g}",
-            f"{tokens:,}", s["oracle_calls"], f"{tokens / s['tokens_per_second']:,.0f}" if s["tokens_per_second"] else "",
+            f"{total['tokens']:,}", f"{total['calls']:,}", f"{total['seconds']:,.0f}" if data["timed"] else "",
             "not reached" if at is None else f"{at:,.0f}",
             f"{max(run['memory_gb'] for run in runs):.2f}", f"{max(run['spike'] for run in runs):.2f}".replace("nan", ""),
             *(f"{number:,}" for number in runs[0]["parameters"].values()),
         ])  # fmt: skip
-    budget, every = of_base[0]["steps"] * of_base[0]["per_step"][unit], [run for s in systems.values() for run in s["runs"]]
+    every = [run for s in systems.values() for run in s["runs"]]
     text = (
         f"`{data['command']}`\n\n"
-        f"Validation loss in nats per token of {cfg['dataset']} after {budget:,.0f} {unit} of training, over seeds "
+        f"Validation loss in nats per token of {cfg['dataset']} after {budget:,.0f} {UNITS[unit]} of training, over seeds "
         f"{', '.join(map(str, data['seeds']))}.\n{cfg['n_layer']} layers, width {cfg['n_embd']}, context {cfg['block_size']}, "
-        f"{of_base[0]['per_step']['tokens']:,} tokens per step, optimizer {cfg['optimizer']}, backbone "
+        f"{first['per_step']['tokens']:,} tokens per step, optimizer {cfg['optimizer']}, backbone "
         f"{' or '.join(sorted(backbones))}, qk_norm {' or '.join(sorted({str(run['qk_norm']) for run in every}))}.\n\n"
         + markdown(head.split("|"), rows)
         + NOTES.format(base=base, n=len(data["seeds"]))
     )
     if tuned:
         rates = [*first["tuning"]]
-        losses = [[rate, *(mean_sd([s["tuning"][rate]]) for s in systems.values())] for rate in rates]
+        losses = [[rate, *(mean_sd(final([s["tuning"][rate]])) for s in systems.values())] for rate in rates]
         text += f"The rate of each system is the best of these, by a run of seed {data['tuning_seed']} and "
         text += f"{data['tuning_share']:g} of the budget:\n\n" + markdown(["rate", *systems], losses) + "\n"
     dates = [run["date"] for run in every]
@@ -311,19 +334,19 @@ def draw(data, path):
     Three panels, of the systems that did not diverge: the validation loss; that loss minus the first system's, which shows what
     the curves hide; below, this difference at the end with its 95% interval. The lowest panel is the legend too.
     """
-    unit, systems = data["budget"][0], {name: s["runs"] for name, s in data["systems"].items() if not lost(s["runs"])}
-    of_base, base = next(iter(systems.values())), next(iter(systems))
+    (unit, budget), systems = data["budget"], {name: s for name, s in data["systems"].items() if not lost(s["runs"])}
+    base, first = next(iter(systems.items()))
     panels, heights = [["loss", "minus"], ["end", "end"]], (2.6, 0.4 + 0.19 * len(systems))
     fig, axes = plt.subplot_mosaic(panels, height_ratios=heights, figsize=(7, sum(heights) + 0.6))
-    enlarge_end(axes["loss"], [curve(runs, "validation", unit) for runs in systems.values()])
-    axes["loss"].set(xlabel=f"{unit} of training", ylabel="nats per token", title="validation loss")
-    differences, end = [curve(runs, "validation", unit, of_base) for runs in systems.values()], axes["end"]
+    enlarge_end(axes["loss"], [curve(s, "validation", unit) for s in systems.values()])
+    axes["loss"].set(xlabel=f"{UNITS[unit]} of training", ylabel="nats per token", title="validation loss")
+    differences, end = [curve(s, "validation", unit, first) for s in systems.values()], axes["end"]
     low, high = bands(axes["minus"], differences, start=0.4 * differences[0][-1][0])
-    axes["minus"].set(xlabel=f"{unit} of training", title=f"minus {base}'s, seed by seed")
+    axes["minus"].set(xlabel=f"{UNITS[unit]} of training", title=f"minus {base}'s, seed by seed")
     if high > low:
         axes["minus"].set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-    for i, runs in enumerate(systems.values()):
-        difference, interval, _ = paired(final(runs), final(of_base))
+    for i, s in enumerate(systems.values()):
+        difference, interval, _ = paired(final(s["runs"]), final(first["runs"]))
         end.plot(interval or [difference] * 2, (i, i), "|-", color=line(i)["color"])
         end.plot(difference, i, "o", color=line(i)["color"], ms=4)
         end.plot((0.004, 0.06), (i, i), transform=end.get_yaxis_transform(), **line(i))
@@ -331,16 +354,23 @@ def draw(data, path):
     end.set(xlim=(left - 0.08 * (right - left), right), xlabel=f"minus {base}'s at the end, with its 95% interval")
     end.set_yticks(range(len(systems)), systems)
     end.invert_yaxis()
-    seeds = ", ".join(map(str, data["seeds"]))
-    fig.suptitle(f"{data['config']['dataset']}, {data['budget'][1]:,.0f} {unit}: mean ± sd over seeds {seeds}", fontsize=10)
+    text, seeds = data["config"]["dataset"], ", ".join(map(str, data["seeds"]))
+    fig.suptitle(f"{text}, {budget:,.0f} {UNITS[unit]}: mean ± sd over seeds {seeds}", fontsize=10)
     save(fig, path)
+
+
+def per_step(command, tokens_per_second):
+    """What a step of a system's command costs, in each of UNITS."""
+    cfg = parse(train.Config, command)
+    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    calls = oracle_calls(train.model_config(cfg, vocab_size=1))  # their number depends on no vocabulary
+    return dict(steps=1, tokens=tokens, seconds=tokens / tokens_per_second, calls=calls)
 
 
 def budgeted(command, value, unit, timed):
     """A system's command with as many steps as the budget allows; timed: the folder of a run that measured its speed."""
-    tokens = tokens_per_step(parse(train.Config, command))
-    a_step = 1 if unit == "steps" else tokens if unit == "tokens" else tokens / speed(read_metrics(timed))
-    return [*command, f"--max_iters={max(1, round(value / a_step))}", "--lr_decay_iters=None"]
+    a_step = per_step(command, speed(read_metrics(timed)) if unit == "seconds" else math.nan)
+    return [*command, f"--max_iters={max(1, round(value / a_step[unit]))}", "--lr_decay_iters=None"]
 
 
 def with_rate(command, rate):
@@ -351,8 +381,8 @@ def with_rate(command, rate):
     return [*command, f"--learning_rate={rate}", f"--min_lr={cfg.min_lr * rate / cfg.learning_rate}"]
 
 
-def tune(commands, folder, args):
-    """The losses of each system at each rate, on a seed and a budget that serve nothing else: {system: {rate: loss}}."""
+def tune(commands, folder, known, args):
+    """A run of each system at each rate, on a seed and a budget that serve nothing else: {system: {rate: its record}}."""
     work = {}
     for system, command in commands.items():
         cfg = parse(train.Config, command)
@@ -362,11 +392,10 @@ def tune(commands, folder, args):
             out_dir = folder(system, f"rate={rate}", "tuning")
             work[system, rate] = [*with_rate(command, rate), *(f"--{knob}={n}" for knob, n in parts.items()),
                                   f"--seed={args.tuning_seed}", f"--out_dir={out_dir}", "--overwrite=True"]  # fmt: skip
-    run_all({parse(train.Config, command).out_dir: command for command in work.values()}, args.jobs)
-    tried = {system: {} for system in commands}
-    for (system, rate), command in work.items():
-        tried[system][rate] = final([read_run(command)])[0]
-    if failed := [system for system, losses in tried.items() if losses and min(losses.values()) == math.inf]:
+    folders = {key: parse(train.Config, command).out_dir for key, command in work.items()}
+    runs = outcomes({folders[key]: command for key, command in work.items()}, known, args.jobs)
+    tried = {system: {rate: runs[folders[system, rate]] for rate in args.learning_rates or []} for system in commands}
+    if failed := [system for system, of_rate in tried.items() if of_rate and min(final(of_rate.values())) == math.inf]:
         raise UserError(f"{', '.join(failed)} diverged at every learning rate: lower them")
     return tried
 
@@ -380,12 +409,13 @@ def main(arguments):
     )
     parser.add_argument("--config", default="config/demo.toml")
     budget = parser.add_mutually_exclusive_group()
-    for unit in UNITS:
-        budget.add_argument(f"--{unit}", type=float, help=f"{unit} of training, the same for every system")
+    for unit, name in UNITS.items():
+        budget.add_argument(f"--{unit}", type=float, help=f"{name} of training, the same for every system")
     parser.add_argument("--learning_rates", nargs="+", type=float, help="rates to try: each system then runs at its best one")
     parser.add_argument("--tuning_seed", type=int, default=0, help="the seed on which the rates are compared")
     parser.add_argument("--tuning_share", type=float, default=0.25, help="of the budget, for each run that compares rates")
     parser.add_argument("--untimed", action="store_true", help="leave out the steps that measure speed, and the seconds")
+    parser.add_argument("--reuse", nargs="+", default=[], help=".json of earlier comparisons, whose runs need not run again")
     parser.add_argument("--out", default="results", help="folder of NAME.md, .png and .json")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     args = parser.parse_args(arguments[: arguments.index("--")] if "--" in arguments else arguments)
@@ -407,6 +437,7 @@ def main(arguments):
         raise UserError("the systems evaluate on different windows: let eval_iters * batch_size be the same for all")
     for command, rate in itertools.product(commands.values(), args.learning_rates or []):  # a wrong rate is an error at once
         parse(train.Config, with_rate(command, rate))
+    known = [run for path in args.reuse for run in read_runs(path)]
     short = [
         "--max_iters=20",
         "--warmup_iters=0",
@@ -420,17 +451,24 @@ def main(arguments):
         run_all(timed, 1)
     if value is not None:
         commands = {s: budgeted(command, value, unit, folder(s, "timed")) for s, command in commands.items()}
-    tried = tune(commands, folder, args)
-    best = {system: min(losses, key=losses.get, default=None) for system, losses in tried.items()}
+    tried = tune(commands, folder, known, args)
+    best = {system: min(of_rate, key=lambda rate: final([of_rate[rate]]), default=None) for system, of_rate in tried.items()}
     work = {}
     for system, command in commands.items():
         for seed in args.seeds:
             out_dir = folder(system, str(seed))
             work[out_dir] = [*with_rate(command, best[system]), f"--seed={seed}", f"--out_dir={out_dir}"]
-    run_all(work, args.jobs)
-
-    alone = {s: None if args.untimed else speed(read_metrics(folder(s, "timed"))) for s in commands}
-    if lost([read_run(work[folder(args.systems[0], str(seed))]) for seed in args.seeds]):
+    done = outcomes(work, known, args.jobs)
+    systems = {}
+    for system, command in commands.items():
+        runs = [done[folder(system, str(seed))] for seed in args.seeds]
+        if args.untimed:  # then the runs' own speed, of a machine that did several at a time, scales the figure alone
+            alone = statistics.mean(run["tokens_per_second"] for run in runs)
+        else:
+            alone = speed(read_metrics(folder(system, "timed")))
+        tuning = {str(rate): run for rate, run in tried[system].items()}
+        systems[system] = dict(rate=best[system], per_step=per_step(command, alone), runs=runs, tuning=tuning)
+    if lost(systems[args.systems[0]]["runs"]):
         raise UserError(f"{args.systems[0]}, with which the others are compared, diverged: lower its learning rate")
 
     # the results
@@ -441,17 +479,9 @@ def main(arguments):
         tuning_seed=args.tuning_seed,
         tuning_share=args.tuning_share,
         budget=(unit, value or first.max_iters),
+        timed=not args.untimed,
         config=asdict(first),
-        systems={
-            system: dict(
-                rate=best[system],
-                tuning={str(rate): loss for rate, loss in tried[system].items()},
-                oracle_calls=oracle_calls(train.model_config(parse(train.Config, command), vocab_size=257)),
-                tokens_per_second=alone[system],
-                runs=[read_run(work[folder(system, str(seed))], alone[system]) for seed in args.seeds],
-            )
-            for system, command in commands.items()
-        },
+        systems=systems,
     )
     result = os.path.join(args.out, args.name)
     write(f"{result}.json", json.dumps(data) + "\n")

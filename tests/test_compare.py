@@ -90,17 +90,16 @@ def test_reach():
 
 
 def test_curve():
-    runs = [
-        dict(per_step=dict(steps=1, tokens=8, seconds=s), validation=[(0, a), (5, b)]) for s, a, b in ((1, 4, 1), (3, 6, 1))
-    ]
-    assert compare.curve(runs, "validation", "steps") == [(0, 5, pytest.approx(2**0.5)), (5, 1, 0)]
-    assert compare.curve(runs, "validation", "tokens")[1][0] == 40
-    assert compare.curve(runs, "validation", "seconds")[1][0] == 10
-    assert compare.curve(runs[1:], "validation", "steps") == [(0, 6, 0), (5, 1, 0)]
+    runs = [dict(validation=[(0, a), (5, b)]) for a, b in ((4, 1), (6, 1))]
+    system = dict(per_step=dict(steps=1, tokens=8, seconds=2), runs=runs)
+    assert compare.curve(system, "validation", "steps") == [(0, 5, pytest.approx(2**0.5)), (5, 1, 0)]
+    assert compare.curve(system, "validation", "tokens")[1][0] == 40
+    assert compare.curve(system, "validation", "seconds")[1][0] == 10
+    assert compare.curve(system | dict(runs=runs[1:]), "validation", "steps") == [(0, 6, 0), (5, 1, 0)]
     # minus a base that was evaluated at other steps: its two seeds lie on lines from 3 to 1 and from 5 to 1
-    base = [dict(per_step=dict(steps=1, tokens=4), validation=[(0, a), (10, 1)]) for a in (3, 5)]
-    assert compare.curve(runs, "validation", "steps", base) == [(0, 1, 0), (5, -1.5, pytest.approx(0.5**0.5))]
-    assert compare.curve(runs, "validation", "tokens", base) == [(0, 1, 0), (40, 0, 0)]
+    base = dict(per_step=dict(steps=1, tokens=4), runs=[dict(validation=[(0, a), (10, 1)]) for a in (3, 5)])
+    assert compare.curve(system, "validation", "steps", base) == [(0, 1, 0), (5, -1.5, pytest.approx(0.5**0.5))]
+    assert compare.curve(system, "validation", "tokens", base) == [(0, 1, 0), (40, 0, 0)]
 
 
 def test_spike():
@@ -177,6 +176,51 @@ def test_budget_of_tokens_sweep_and_match(flags, here):
         mean = statistics.mean(final(f"{folder}-{seed}") for seed in (5, 6))
         assert rows[f"{system}{words}, rate {best}"][2].strip().startswith(f"{mean:.4f} ± ")
     assert state["model_config"]["n_embd"] == 20 and data["budget"] == ["tokens", 2100] and data["config"]["max_iters"] == 8
+
+
+@pytest.mark.slow
+def test_budget_of_oracle_calls(flags, here):
+    """Whoever asks 1.5 times or twice as often gets as many steps fewer: 48 calls are 12 steps of two layers of MHA."""
+    steps = {"MHA": 12, "VerletFormer": 8, "IMEXFormer": 6}
+    compare.main(["c", "--config=empty.toml", "--seeds=1", "--untimed", "--systems", *steps, "--calls=48", "--", *flags])
+    data, table = result("c")
+    assert {name: checkpoint.load(f"out/c/{name}-1/ckpt.pt")["step"] for name in steps} == steps
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in table.splitlines()) if len(cells) > 9}
+    assert "after 48 oracle calls of training" in table and "| oracle calls to MHA's loss |" in table
+    for name, n in steps.items():
+        assert rows[name][5].strip() == f"{256 * n:,}" and rows[name][6].strip() == "48" and rows[name][7].strip() == ""
+        assert data["systems"][name]["runs"][0]["validation"][-1][0] == n
+
+
+@pytest.mark.slow
+def test_reuse(flags, here):
+    """What an earlier comparison has, with its rates, is not trained again; a run that differs in anything is."""
+
+    def main(name, *words, more=()):
+        here.clear()
+        compare.main([name, "--config=empty.toml", "--untimed", "--seeds=1", "--learning_rates", "0.01", "0.02", *words,
+                      "--", *flags, *more])  # fmt: skip
+        return result(name)[0]["systems"]
+
+    first = main("a", "--systems", "MHA", "NagMHA")
+    assert len(here) == 6
+    again = main("b", "--systems", "NagMHA", "MHA", "MomenMHA", "--reuse", "results/a.json")
+    assert sorted(here) == [f"out/b/MomenMHA-{kind}" for kind in ("1", "rate=0.01-tuning", "rate=0.02-tuning")]
+    for name in first:
+        assert again[name]["runs"] == first[name]["runs"] and again[name]["tuning"] == first[name]["tuning"]
+    assert [*again] == ["NagMHA", "MHA", "MomenMHA"]
+    decayed = main(
+        "c", "--systems", "NagMHA", "MHA", "--reuse", "results/a.json", "results/b.json", more=["--weight_decay=0.2"]
+    )
+    assert len(here) == 6 and decayed["MHA"]["runs"][0]["validation"] != first["MHA"]["runs"][0]["validation"]
+
+
+@pytest.mark.parametrize("text", [None, "[]", '{"systems": 3}', '{"systems": {"MHA": 3}}', "{"])
+def test_reuse_of_something_else(text, flags, tmp_path):
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match="--reuse x.json is not the .json of a comparison"):
+        compare.main(["x", "--config=empty.toml", "--systems", "MHA", "--reuse", "x.json", "--", *flags])
 
 
 @pytest.mark.slow
