@@ -1,4 +1,4 @@
-# make demo: text -> tokens -> a trained model -> its loss curve and a sample. make test: the tests, in two to three minutes.
+# make demo: text -> tokens -> a trained model -> its loss curve and a sample. make test: the tests, in two to four minutes.
 PYTHON ?= python3
 BIN = .venv/bin
 PYTEST = $(BIN)/python -m pytest -n logical

@@ -127,8 +127,8 @@ def fingerprint(meta):
 
 def shuffled(i, n, key):
     """
-    The i-th number in the random order of the numbers below n that key, bytes, selects. It needs no table: a Feistel network
-    [Luby and Rackoff, 1988] permutes all numbers of 2 half bits; it runs again on a result that is not below n.
+    The i-th of the numbers below n in a random order; key (bytes) selects the order. It needs no table: a Feistel network
+    [Luby and Rackoff, 1988] permutes all numbers of 2 * half bits; it runs again on a result that is not below n.
     """
     half = max(4, (n.bit_length() + 1) // 2)  # bits of a half; with fewer than 4, some orders would never come
     while True:

@@ -49,8 +49,8 @@ def short_dtype(kind):
 
 def keep_memory():
     """
-    Have glibc's malloc keep what a step frees for the next step, up to the end of the process. By default it returns large
-    blocks to the system, and a step on a CPU spends a fifth of its time on getting them back, page by page.
+    Make glibc's malloc keep the memory that a step frees: the next step uses it again. By default it returns large blocks to
+    the system, and a step on a CPU spends a fifth of its time on getting them back, page by page.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h

@@ -34,8 +34,8 @@ def cli(main):
 def stop_signals():
     """
     In this context SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a connection that dropped) only add to the list it yields. A signal
-    that comes over one second after the first ends the process at once, whatever it is doing. The second is there because
-    torchrun repeats a terminal's signals within it. SIGHUP stays ignored under nohup.
+    that comes more than one second after the first ends the process at once, whatever it is doing. The time limit is there
+    because torchrun repeats a terminal's signals within one second. SIGHUP stays ignored under nohup.
     """
     numbers, caught, (reader, writer) = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], [], os.pipe()
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -323,7 +323,7 @@ class HuberAttention(Attention):
 
 class LinearAttention(Attention):
     """
-    E_j = -(q.k_j)^2 / 2, whose free energy is a plain sum. It remembers the past as a state S and not as keys. Its step is
+    E_j = -(q.k_j)^2 / 2, in a plain sum, not a free energy. It remembers the past as a state S, not as keys. Its step is
 
         o_i / sqrt(N_i)        N_i = a_i N_{i-1} + 1        (N = i where a = 1)
 

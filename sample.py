@@ -100,7 +100,7 @@ def main(arguments):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
 
     torch.manual_seed(cfg.seed)
-    # all samples at once: on a CPU, eight take about as long as three one after the other. The first is written as it comes
+    # all samples at once: on a CPU, eight together take as long as two or three in turn. The first is written as it comes
     writers, rows = [Writer(tokenizer) for _ in range(cfg.num_samples)], [list(tokens) for _ in range(cfg.num_samples)]
     print(writers[0].text(tokens), end="", flush=True)
     choices = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, stop=tokenizer.eot_token)

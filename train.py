@@ -357,7 +357,7 @@ def evaluate(model, data, machine, signals):
 def train(cfg, signals, until_end):
     """
     One run, from its configuration to its last checkpoint. Once the list `signals` is not empty, it stops after the step in
-    progress. The run's Log goes into until_end, an ExitStack: whoever closes that closes the log.
+    progress. The run's Log goes into until_end, an ExitStack: closing until_end closes the log.
     """
     machine = Machine(cfg)
     data = Data(cfg, machine)
