@@ -279,7 +279,7 @@ def learning(args):
     if not steps:  # a short comparison measures how long a step takes
         shutil.rmtree("out/learning_short", ignore_errors=True)  # an earlier call's: its finished runs would not run again
         seconds, systems = compare(args, "learning_short", 40, [0], eval_interval=40)
-        a_step = max(s["per_step"]["seconds"] for s in systems.values())
+        a_step = max(s["per_step"]["tokens"] / s["runs"][0]["tokens_per_second"] for s in systems.values())
         starting = seconds - 40 * a_step
         steps = min(args.most_steps, int((left(args) / args.seeds - 1.2 * starting) / (1.1 * a_step)))
         if steps < 50:

@@ -8,7 +8,7 @@ Several systems, several seeds, one budget: runs of train.py, a table of their l
 A system is a variant, with overrides behind it; --match=SYSTEM among them sets the width that brings its number of
 parameters nearest to that system's. What follows -- goes to every run. All systems have one budget: the config's max_iters, or
 so many --steps, --tokens, --seconds or oracle --calls. With one of these four the learning rate's schedule ends when the budget
-does. A step makes as many calls as its forward pass asks an attention or an MLP for a direction.
+does. An oracle call: a forward pass asks one attention or MLP for a direction. A step counts as one pass, whatever its batch.
 
 With --learning_rates each system takes the rate that is best for it. Each rate gets one run that decides this, with
 --tuning_seed and --tuning_share of the budget. The seeds of the table decide nothing. min_lr keeps its ratio to the rate.
@@ -16,7 +16,8 @@ With --learning_rates each system takes the rate that is best for it. Each rate 
 Runs live in out/NAME. Finished ones do not run again and interrupted ones go on, so you can stop the command and repeat it.
 A few steps of each system alone measure its speed. The command writes NAME.md, .png and .json to --out; the last has the
 curves and all that the other two are made from. --reuse results/NAME.json takes from there the runs that have the same
-configuration, so you can add a system to a table and train nothing else. You answer for the same code and the same text.
+configuration and the same data, so you can add a system to a table and train nothing else. See to it that code and machine are
+the same: the table names both, but nothing compares them.
 """
 
 import datetime
@@ -39,7 +40,7 @@ from tqdm import tqdm
 import checkpoint
 import train
 from configurator import parse
-from data import read_meta
+from data import fingerprint, read_meta
 from experiments.arguments import parser_with
 from experiments.plot import bands, enlarge_end, line, plt, read_metrics, save
 from experiments.records import made, markdown, mean_sd, write
@@ -85,9 +86,10 @@ def command_of(system, common):
     return command
 
 
-def identity(cfg):
-    """All of a run's configuration that makes it this run: not where it lives."""
-    return {name: value for name, value in asdict(cfg).items() if name not in ("out_dir", "overwrite")}
+def identity(cfg, data):
+    """What makes a run this run, and not where it lives: its configuration, and its data's fingerprint."""
+    elsewhere = "out_dir", "data_dir", "overwrite"
+    return {name: value for name, value in asdict(cfg).items() if name not in elsewhere} | dict(data=data)
 
 
 def progress(folder, cfg):
@@ -164,7 +166,7 @@ def read_run(command):
         validation.append((cfg.max_iters, math.inf))
     return state.get("made_with", {}) | dict(
         command=shlex.join(["python", "train.py", *command]),
-        config=identity(cfg),
+        config=identity(cfg, state["data"]),
         date=datetime.date.fromtimestamp(os.path.getmtime(path)).isoformat(),
         steps=cfg.max_iters,
         tokens_per_second=speed(records),
@@ -185,19 +187,25 @@ def read_runs(path):
         with open(path) as file:
             systems = json.load(file)["systems"]
         runs = [run for s in systems.values() for run in (*s["runs"], *s["tuning"].values())]
-        return [run for run in runs if "config" in run]
+        return [run for run in runs if run["config"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--reuse {path} is not the .json of a comparison ({type(error).__name__})") from None
+        reason = f"is not the .json of a comparison, or is an older version's, which lacks what is needed ({error!r})"
+        raise UserError(f"--reuse {path} {reason}") from None
 
 
 def outcomes(commands, known, jobs):
     """{folder: the record of its run} for {folder: command}: one of those known, or what a run here gives. Raises UserError."""
     same = {}
     for folder, command in commands.items():
-        wanted = identity(parse(train.Config, command))
-        same[folder] = next((run for run in known if run["config"] == wanted), None)
-    run_all({folder: command for folder, command in commands.items() if not same[folder]}, jobs)
-    return {folder: same[folder] or read_run(command) for folder, command in commands.items()}
+        cfg = parse(train.Config, command)
+        wanted = identity(cfg, fingerprint(read_meta(os.path.join(cfg.data_dir, cfg.dataset))))
+        defaults = asdict(train.Config(variant=cfg.variant))  # for a knob that is newer than the table
+        if found := [run for run in known if wanted.items() <= (defaults | run["config"]).items()]:
+            same[folder] = found[0]
+    if known:
+        print(f"--reuse has {len(same)} of these {len(commands)} runs")
+    run_all({folder: command for folder, command in commands.items() if folder not in same}, jobs)
+    return {folder: same.get(folder) or read_run(command) for folder, command in commands.items()}
 
 
 def final(runs):
@@ -278,7 +286,7 @@ by the paired t-test. p: that of the two-sided test, n = {n}, after Holm's corre
 seeds the test has little power: a large p does not say that two systems are equal.
 
 To {base}'s loss: where a system's mean validation curve, linear between evaluations, first comes down to {base}'s final
-mean. Oracle calls: of attention or MLP, in the forward passes of all steps. Seconds: of the training steps of one run, at
+mean. Oracle calls: of attention or MLP, in one forward pass for each step. Seconds: of the training steps of one run, at
 the speed of a few steps measured alone. GB: peak memory. Spike: the largest ratio of a training loss to the mean of the ten
 logged before it. The last three columns are numbers of parameters.
 
@@ -298,14 +306,14 @@ def report(data):
     for name, s in systems.items():
         runs, (difference, interval, _) = s["runs"], against.get(name, (None, None, None))
         at = None if lost(runs) else reach(curve(s, "validation", unit), curve(first, "validation", unit)[-1][1])
-        total = {unit: runs[0]["steps"] * per_step for unit, per_step in s["per_step"].items()}
+        total = {u: runs[0]["steps"] * cost for u, cost in s["per_step"].items()}
         rows.append([
             name + f", {runs[0]['backbone']}" * (len(backbones) > 1) + f", width {runs[0]['n_embd']}" * ("--match" in name)
             + f", rate {s['rate']}" * tuned,
             mean_sd(final(runs)),
             "" if difference is None else f"{difference:+.4f}" + (" [{:+.4f}, {:+.4f}]".format(*interval) if interval else ""),
             "" if corrected.get(name) is None else f"{corrected[name]:.2g}",
-            f"{total['tokens']:,}", f"{total['calls']:,}", f"{total['seconds']:,.0f}" if data["timed"] else "",
+            f"{total['tokens']:,}", f"{total['calls']:,}", f"{total['seconds']:,.0f}".replace("nan", ""),
             "not reached" if at is None else f"{at:,.0f}",
             f"{max(run['memory_gb'] for run in runs):.2f}", f"{max(run['spike'] for run in runs):.2f}".replace("nan", ""),
             *(f"{number:,}" for number in runs[0]["parameters"].values()),
@@ -325,6 +333,7 @@ def report(data):
         losses = [[rate, *(mean_sd(final([s["tuning"][rate]])) for s in systems.values())] for rate in rates]
         text += f"The rate of each system is the best of these, by a run of seed {data['tuning_seed']} and "
         text += f"{data['tuning_share']:g} of the budget:\n\n" + markdown(["rate", *systems], losses) + "\n"
+        every += [run for s in systems.values() for run in s["tuning"].values()]
     dates = [run["date"] for run in every]
     return text + f"Made {min(dates)} to {max(dates)}: {made(every)}.\n"
 
@@ -367,10 +376,10 @@ def per_step(command, tokens_per_second):
     return dict(steps=1, tokens=tokens, seconds=tokens / tokens_per_second, calls=calls)
 
 
-def budgeted(command, value, unit, timed):
-    """A system's command with as many steps as the budget allows; timed: the folder of a run that measured its speed."""
-    a_step = per_step(command, speed(read_metrics(timed)) if unit == "seconds" else math.nan)
-    return [*command, f"--max_iters={max(1, round(value / a_step[unit]))}", "--lr_decay_iters=None"]
+def budgeted(command, value, unit, tokens_per_second):
+    """A system's command with as many steps as the budget allows."""
+    steps = value / per_step(command, tokens_per_second)[unit]
+    return [*command, f"--max_iters={max(1, round(steps))}", "--lr_decay_iters=None"]
 
 
 def with_rate(command, rate):
@@ -390,11 +399,10 @@ def tune(commands, folder, known, args):
         parts = {knob: n and max(1, round(args.tuning_share * n)) for knob, n in parts.items()}
         for rate in args.learning_rates or []:
             out_dir = folder(system, f"rate={rate}", "tuning")
-            work[system, rate] = [*with_rate(command, rate), *(f"--{knob}={n}" for knob, n in parts.items()),
-                                  f"--seed={args.tuning_seed}", f"--out_dir={out_dir}", "--overwrite=True"]  # fmt: skip
-    folders = {key: parse(train.Config, command).out_dir for key, command in work.items()}
-    runs = outcomes({folders[key]: command for key, command in work.items()}, known, args.jobs)
-    tried = {system: {rate: runs[folders[system, rate]] for rate in args.learning_rates or []} for system in commands}
+            work[out_dir] = [*with_rate(command, rate), *(f"--{knob}={n}" for knob, n in parts.items()),
+                             f"--seed={args.tuning_seed}", f"--out_dir={out_dir}", "--overwrite=True"]  # fmt: skip
+    runs = outcomes(work, known, args.jobs)
+    tried = {s: {rate: runs[folder(s, f"rate={rate}", "tuning")] for rate in args.learning_rates or []} for s in commands}
     if failed := [system for system, of_rate in tried.items() if of_rate and min(final(of_rate.values())) == math.inf]:
         raise UserError(f"{', '.join(failed)} diverged at every learning rate: lower them")
     return tried
@@ -415,7 +423,8 @@ def main(arguments):
     parser.add_argument("--tuning_seed", type=int, default=0, help="the seed on which the rates are compared")
     parser.add_argument("--tuning_share", type=float, default=0.25, help="of the budget, for each run that compares rates")
     parser.add_argument("--untimed", action="store_true", help="leave out the steps that measure speed, and the seconds")
-    parser.add_argument("--reuse", nargs="+", default=[], help=".json of earlier comparisons, whose runs need not run again")
+    parser.add_argument("--reuse", nargs="+", action="extend", default=[],
+                        help=".json of earlier comparisons, whose runs need not run again")  # fmt: skip
     parser.add_argument("--out", default="results", help="folder of NAME.md, .png and .json")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     args = parser.parse_args(arguments[: arguments.index("--")] if "--" in arguments else arguments)
@@ -424,8 +433,8 @@ def main(arguments):
         return os.path.join("out", args.name, "-".join(words).replace(" --", "_").replace("/", "_"))
 
     value, unit = next(((v, u) for u in UNITS if (v := getattr(args, u)) is not None), (None, "steps"))
-    if value is not None and value <= 0:
-        raise UserError(f"--{unit} {value:g} must be positive")
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"--{unit} {value:g} must be positive and finite")
     if not 0 < args.tuning_share <= 1:
         raise UserError(f"--tuning_share {args.tuning_share:g} must lie above 0 and be at most 1")
     if len({*args.seeds}) < len(args.seeds):
@@ -447,10 +456,12 @@ def main(arguments):
         "--overwrite=True",
     ]
     timed = {folder(s, "timed"): [*command, *short, f"--out_dir={folder(s, 'timed')}"] for s, command in commands.items()}
+    alone = dict.fromkeys(commands, math.nan)
     if unit == "seconds" or not args.untimed:
         run_all(timed, 1)
+        alone = {s: speed(read_metrics(folder(s, "timed"))) for s in commands}
     if value is not None:
-        commands = {s: budgeted(command, value, unit, folder(s, "timed")) for s, command in commands.items()}
+        commands = {s: budgeted(command, value, unit, alone[s]) for s, command in commands.items()}
     tried = tune(commands, folder, known, args)
     best = {system: min(of_rate, key=lambda rate: final([of_rate[rate]]), default=None) for system, of_rate in tried.items()}
     work = {}
@@ -462,12 +473,8 @@ def main(arguments):
     systems = {}
     for system, command in commands.items():
         runs = [done[folder(system, str(seed))] for seed in args.seeds]
-        if args.untimed:  # then the runs' own speed, of a machine that did several at a time, scales the figure alone
-            alone = statistics.mean(run["tokens_per_second"] for run in runs)
-        else:
-            alone = speed(read_metrics(folder(system, "timed")))
         tuning = {str(rate): run for rate, run in tried[system].items()}
-        systems[system] = dict(rate=best[system], per_step=per_step(command, alone), runs=runs, tuning=tuning)
+        systems[system] = dict(rate=best[system], per_step=per_step(command, alone[system]), runs=runs, tuning=tuning)
     if lost(systems[args.systems[0]]["runs"]):
         raise UserError(f"{args.systems[0]}, with which the others are compared, diverged: lower its learning rate")
 
@@ -479,7 +486,6 @@ def main(arguments):
         tuning_seed=args.tuning_seed,
         tuning_share=args.tuning_share,
         budget=(unit, value or first.max_iters),
-        timed=not args.untimed,
         config=asdict(first),
         systems=systems,
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 import subprocess
 from dataclasses import asdict
@@ -204,18 +205,43 @@ def test_reuse(flags, here):
 
     first = main("a", "--systems", "MHA", "NagMHA")
     assert len(here) == 6
-    again = main("b", "--systems", "NagMHA", "MHA", "MomenMHA", "--reuse", "results/a.json")
+    with open("none.json", "w") as file:
+        json.dump(dict(systems={}), file)
+    again = main("b", "--systems", "NagMHA", "MHA", "MomenMHA", "--reuse", "none.json", "--reuse", "results/a.json")
     assert sorted(here) == [f"out/b/MomenMHA-{kind}" for kind in ("1", "rate=0.01-tuning", "rate=0.02-tuning")]
     for name in first:
         assert again[name]["runs"] == first[name]["runs"] and again[name]["tuning"] == first[name]["tuning"]
     assert [*again] == ["NagMHA", "MHA", "MomenMHA"]
-    decayed = main(
-        "c", "--systems", "NagMHA", "MHA", "--reuse", "results/a.json", "results/b.json", more=["--weight_decay=0.2"]
-    )
-    assert len(here) == 6 and decayed["MHA"]["runs"][0]["validation"] != first["MHA"]["runs"][0]["validation"]
+    main("c", "--systems", "NagMHA", "MHA", "--reuse", "results/a.json", more=["--weight_decay=0.2"])
+    assert len(here) == 6
+    # the same data elsewhere, then other data under the same name
+    folder = next(flag for flag in flags if flag.startswith("--data_dir=")).partition("=")[2]
+    shutil.copytree(folder, "moved")
+    main("d", "--systems", "MHA", "--reuse", "results/a.json", more=["--data_dir=moved"])
+    assert not here
+    with open("moved/squares/meta.json") as file:
+        meta = json.load(file)
+    meta["shards"]["train"], meta["shards"]["val"] = meta["shards"]["val"], meta["shards"]["train"]
+    with open("moved/squares/meta.json", "w") as file:
+        json.dump(meta, file)
+    main("e", "--systems", "MHA", "--reuse", "results/a.json", more=["--data_dir=moved"])
+    assert len(here) == 3
+    # a knob that is newer than the table: it had the value that is now the default
+    with open("results/a.json") as file:
+        table = json.load(file)
+    for s in table["systems"].values():
+        for run in (*s["runs"], *s["tuning"].values()):
+            del run["config"]["n_loop"]
+    with open("old.json", "w") as file:
+        json.dump(table, file)
+    main("f", "--systems", "MHA", "--reuse", "old.json")
+    assert not here
 
 
-@pytest.mark.parametrize("text", [None, "[]", '{"systems": 3}', '{"systems": {"MHA": 3}}', "{"])
+OLD = '{"systems": {"MHA": {"runs": [{"command": "python train.py"}], "tuning": {"0.1": 2.3}}}}'
+
+
+@pytest.mark.parametrize("text", [None, "[]", '{"systems": 3}', '{"systems": {"MHA": 3}}', "{", OLD, OLD.replace("2.3", "{}")])
 def test_reuse_of_something_else(text, flags, tmp_path):
     if text is not None:
         (tmp_path / "x.json").write_text(text)
@@ -247,6 +273,7 @@ def test_what_is_refused(flags):
         return str(error.value)
 
     assert "--tokens -1 must be positive" in refused("--systems", "MHA", "--tokens", "-1")
+    assert "--calls nan must be positive and finite" in refused("--systems", "MHA", "--calls", "nan")
     assert "did you mean NagMHA" in refused("--systems", "MHA", "NagMH")
     assert "did you mean NagMHA" in refused("--systems", "MHA --match=NagMH")
     assert "learning_rate=-1.0 must be positive" in refused("--systems", "MHA", "--learning_rates", "-1")
