@@ -12,6 +12,7 @@ does. An oracle call: a forward pass asks one attention or MLP for a direction. 
 
 With --learning_rates each system takes the rate that is best for it. Each rate gets one run that decides this, with
 --tuning_seed and --tuning_share of the budget. The seeds of the table decide nothing. min_lr keeps its ratio to the rate.
+With --grow a system whose best rate is its lowest or highest also tries the next one, until its best has one on either side.
 
 Runs live in out/NAME. Finished ones do not run again and interrupted ones go on, so you can stop the command and repeat it.
 A few steps of each system alone measure its speed. The command writes NAME.md, .png and .json to --out; the last has the
@@ -329,8 +330,8 @@ def report(data):
         + NOTES.format(base=base, n=len(data["seeds"]))
     )
     if tuned:
-        rates = [*first["tuning"]]
-        losses = [[rate, *(mean_sd(final([s["tuning"][rate]])) for s in systems.values())] for rate in rates]
+        tried = [{rate: mean_sd(final([run])) for rate, run in s["tuning"].items()} for s in systems.values()]
+        losses = [[rate, *(t.get(rate, "") for t in tried)] for rate in sorted({rate for t in tried for rate in t}, key=float)]
         text += f"The rate of each system is the best of these, by a run of seed {data['tuning_seed']} and "
         text += f"{data['tuning_share']:g} of the budget:\n\n" + markdown(["rate", *systems], losses) + "\n"
         every += [run for s in systems.values() for run in s["tuning"].values()]
@@ -390,21 +391,36 @@ def with_rate(command, rate):
     return [*command, f"--learning_rate={rate}", f"--min_lr={cfg.min_lr * rate / cfg.learning_rate}"]
 
 
+def beyond(of_rate):
+    """The rates to try after {rate: record}: if the lowest or the highest is the best, the next one, by the same ratio."""
+    best, *others = sorted(of_rate, key=lambda rate: final([of_rate[rate]]))
+    if min(others) < best < max(others):
+        return []
+    return [float(f"{best**2 / min(others, key=lambda rate: abs(rate - best)):.4g}")]
+
+
 def tune(commands, folder, known, args):
-    """A run of each system at each rate, on a seed and a budget that serve nothing else: {system: {rate: its record}}."""
-    work = {}
-    for system, command in commands.items():
-        cfg = parse(train.Config, command)
-        parts = dict(max_iters=cfg.max_iters, warmup_iters=cfg.warmup_iters, lr_decay_iters=cfg.lr_decay_iters)
-        parts = {knob: n and max(1, round(args.tuning_share * n)) for knob, n in parts.items()}
-        for rate in args.learning_rates or []:
-            out_dir = folder(system, f"rate={rate}", "tuning")
-            work[out_dir] = [*with_rate(command, rate), *(f"--{knob}={n}" for knob, n in parts.items()),
-                             f"--seed={args.tuning_seed}", f"--out_dir={out_dir}", "--overwrite=True"]  # fmt: skip
-    runs = outcomes(work, known, args.jobs)
-    tried = {s: {rate: runs[folder(s, f"rate={rate}", "tuning")] for rate in args.learning_rates or []} for s in commands}
-    if failed := [system for system, of_rate in tried.items() if of_rate and min(final(of_rate.values())) == math.inf]:
-        raise UserError(f"{', '.join(failed)} diverged at every learning rate: lower them")
+    """
+    A run of each system at each rate, on a seed and a budget that serve nothing else: {system: {rate: its record}}. Raises
+    UserError if a system diverges at all of args.learning_rates.
+    """
+    tried, rates = {system: {} for system in commands}, dict.fromkeys(commands, args.learning_rates or [])
+    while any(rates.values()):
+        work = {}
+        for system, command in commands.items():
+            cfg = parse(train.Config, command)
+            parts = dict(max_iters=cfg.max_iters, warmup_iters=cfg.warmup_iters, lr_decay_iters=cfg.lr_decay_iters)
+            parts = {knob: n and max(1, round(args.tuning_share * n)) for knob, n in parts.items()}
+            for rate in rates[system]:
+                out_dir = folder(system, f"rate={rate}", "tuning")
+                work[out_dir] = [*with_rate(command, rate), *(f"--{knob}={n}" for knob, n in parts.items()),
+                                 f"--seed={args.tuning_seed}", f"--out_dir={out_dir}", "--overwrite=True"]  # fmt: skip
+        runs = outcomes(work, known, args.jobs)
+        for system in commands:
+            tried[system] |= {rate: runs[folder(system, f"rate={rate}", "tuning")] for rate in rates[system]}
+        if failed := [system for system, of_rate in tried.items() if min(final(of_rate.values())) == math.inf]:
+            raise UserError(f"{', '.join(failed)} diverged at every learning rate: lower them")
+        rates = {system: beyond(of_rate) if args.grow else [] for system, of_rate in tried.items()}
     return tried
 
 
@@ -422,6 +438,7 @@ def main(arguments):
     parser.add_argument("--learning_rates", nargs="+", type=float, help="rates to try: each system then runs at its best one")
     parser.add_argument("--tuning_seed", type=int, default=0, help="the seed on which the rates are compared")
     parser.add_argument("--tuning_share", type=float, default=0.25, help="of the budget, for each run that compares rates")
+    parser.add_argument("--grow", action="store_true", help="try more rates while the best is the lowest or the highest")
     parser.add_argument("--untimed", action="store_true", help="leave out the steps that measure speed, and the seconds")
     parser.add_argument("--reuse", nargs="+", action="extend", default=[],
                         help=".json of earlier comparisons, whose runs need not run again")  # fmt: skip
@@ -439,6 +456,8 @@ def main(arguments):
         raise UserError(f"--tuning_share {args.tuning_share:g} must lie above 0 and be at most 1")
     if len({*args.seeds}) < len(args.seeds):
         raise UserError(f"--seeds {shlex.join(map(str, args.seeds))}: a seed that comes twice is no second run")
+    if args.grow and len({*(args.learning_rates or [])}) < 2:
+        raise UserError("--grow needs two --learning_rates or more: it continues their ratio")
     if args.learning_rates and args.tuning_seed in args.seeds:
         raise UserError(f"--tuning_seed {args.tuning_seed} is one of --seeds: the reported seeds must not choose the rates")
     commands = {system: command_of(system, [args.config, *shared]) for system in args.systems}

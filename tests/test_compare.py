@@ -1,5 +1,6 @@
 """experiments.compare: its statistics against other sources, which runs it takes for finished, and tiny comparisons."""
 
+import argparse
 import json
 import math
 import shutil
@@ -179,6 +180,28 @@ def test_budget_of_tokens_sweep_and_match(flags, here):
     assert state["model_config"]["n_embd"] == 20 and data["budget"] == ["tokens", 2100] and data["config"]["max_iters"] == 8
 
 
+def test_rates_grow_until_the_best_is_inside(flags, monkeypatch):
+    """Losses are known functions of the rate: one falls up to 0.03, one grows from 0.005 on, one is least in the middle."""
+    least, ran = {"MHA": 0.03, "NagMHA": 0.004, "MomenMHA": 0.01}, []
+
+    def outcomes(commands, known, jobs):
+        configs = {folder: parse(train.Config, command) for folder, command in commands.items()}
+        ran.append(sorted((cfg.variant, cfg.learning_rate) for cfg in configs.values()))
+        return {f: dict(validation=[(1, abs(math.log(cfg.learning_rate / least[cfg.variant])))]) for f, cfg in configs.items()}
+
+    def rates(*more):
+        ran.clear()
+        args = argparse.Namespace(learning_rates=[0.02, 0.005, 0.01], tuning_seed=0, tuning_share=1, jobs=1, grow=bool(more))
+        commands = {name: [*flags, f"--variant={name}"] for name in least}
+        tried = compare.tune(commands, lambda *words: "-".join(words), [], args)
+        return {system: sorted(of_rate) for system, of_rate in tried.items()}
+
+    monkeypatch.setattr(compare, "outcomes", outcomes)
+    assert rates() == dict.fromkeys(least, [0.005, 0.01, 0.02])
+    found = {"MHA": [0.005, 0.01, 0.02, 0.04, 0.08], "NagMHA": [0.0025, 0.005, 0.01, 0.02], "MomenMHA": [0.005, 0.01, 0.02]}
+    assert rates("grow") == found and len(ran) == 3  # 0.08 is no better than 0.04, and 0.0025 no better than 0.005
+
+
 @pytest.mark.slow
 def test_budget_of_oracle_calls(flags, here):
     """Whoever asks 1.5 times or twice as often gets as many steps fewer: 48 calls are 12 steps of two layers of MHA."""
@@ -277,6 +300,7 @@ def test_what_is_refused(flags):
     assert "did you mean NagMHA" in refused("--systems", "MHA", "NagMH")
     assert "did you mean NagMHA" in refused("--systems", "MHA --match=NagMH")
     assert "learning_rate=-1.0 must be positive" in refused("--systems", "MHA", "--learning_rates", "-1")
+    assert "--grow needs two --learning_rates" in refused("--systems", "MHA", "--learning_rates", "0.1", "0.1", "--grow")
     assert "--tuning_share 25 must lie above 0" in refused("--systems", "MHA", "--tuning_share", "25")
     assert "--seeds 3 3: a seed that comes twice" in refused("--systems", "MHA", "--seeds", "3", "3")
     assert "--tuning_seed 2 is one of --seeds" in refused("--systems", "MHA", "--learning_rates", "1", "--tuning_seed", "2")
