@@ -936,7 +936,8 @@ RELATIONS = [  # what else must hold, and what to say where it does not
      lambda c: f"backbone=llama rotates pairs of numbers: n_embd / n_head={c.n_embd // c.n_head} must be even"),
     (lambda c: {*c.learned.split()} <= learnable(c),
      lambda c: f"learned={c.learned!r} may name {', '.join(sorted(learnable(c))) or 'nothing'} here: gamma, eta and beta need "
-               "a velocity, beta also reversible=False; mu needs a look-ahead with mu above 0; tau needs a curvature"),
+               "a velocity, beta also reversible=False; mu needs a look-ahead with mu above 0; tau needs a curvature: take "
+               f"learned={' '.join(name for name in c.learned.split() if name in learnable(c))!r}"),
     (lambda c: not c.reversible or c.beta ** max(0, 2 * c.n_layer * c.n_loop) > 1e-8,
      lambda c: f"reversible=True divides by beta={c.beta} twice in each of {c.n_layer} x {c.n_loop} layers, more than float64 "
                f"can bear: take beta of at least {1e-8 ** (0.5 / c.n_layer / c.n_loop) + 0.005:.2f}"),
