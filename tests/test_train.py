@@ -528,7 +528,7 @@ for _ in range(10):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     kept, returned = (int(run("-c", code, way)) for way in ("keep", "return"))
-    assert 10 * kept < returned
+    assert 3 * kept < returned  # the heap may still grow once during the ten
 
 
 # ---------------------------------------------------------------------------------------------------------------------
