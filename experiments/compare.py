@@ -188,7 +188,7 @@ def read_runs(path):
         with open(path) as file:
             systems = json.load(file)["systems"]
         runs = [run for s in systems.values() for run in (*s["runs"], *s["tuning"].values())]
-        return [run for run in runs if run["config"]]
+        return [run for run in runs if run["config"]]  # older versions kept none: a KeyError
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"is not the .json of a comparison, or is an older version's, which lacks what is needed ({error!r})"
         raise UserError(f"--reuse {path} {reason}") from None
