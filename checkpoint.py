@@ -144,7 +144,8 @@ def renewed(path, config, weights):
         config = config | dict(momentum="nesterov", learned=" ".join(dict.fromkeys([*learned, "eta"])))
     elif "tau" not in config and config.get("curvature", "none") != "none":  # its tau was always learned
         config = config | dict(learned=" ".join([*learned, "tau"]))
-    return dict(backbone="gpt2", implicit_steps=1, tau=1.0) | config  # what there was before these were choices
+    before = dict(backbone="gpt2", implicit_steps=1, tau=1.0, temperature=1.0)  # what there was before these were choices
+    return before | config
 
 
 # a loss that numpy computed is kept as one of these, and making one runs no code of the file's
@@ -277,7 +278,7 @@ def surgery(config, donor, weights):
             )
         if others := differs("curvature", "momentum", "momentum_on", *SCALARS):
             raise UserError(f"{config.variant} cannot start as {donor['variant']}: surgery cannot undo its {', '.join(others)}")
-        learned, starts = {*config.learned.split()}, {}
+        learned, starts = {*config.learned.split(), *donor.get("learned", "").split()}, {}
         if config.curvature != "none":
             learned, starts = learned | {"tau"}, dict(tau=0.0)
         if config.momentum not in ("none", "polyak", "nesterov"):

@@ -71,8 +71,8 @@ VARIANTS = {
     "LoopNagMHA": dict(source="[Ren]'s question", momentum="nesterov", beta=0.5, n_loop=4),
 }
 # MHA's numbers. In every other choice MHA takes the first value that is listed.
-NUMBERS = dict(beta=0.5, gamma=1.0, mu=None, eta=1.0, tau=1.0, learned="", delta=1.0, precond_rank=0, inner_steps=1,
-               implicit_steps=1, n_loop=1)  # fmt: skip
+NUMBERS = dict(beta=0.5, gamma=1.0, mu=None, eta=1.0, tau=1.0, temperature=1.0, learned="", delta=1.0, precond_rank=0,
+               inner_steps=1, implicit_steps=1, n_loop=1)  # fmt: skip
 
 
 @dataclass
@@ -104,7 +104,8 @@ class GPTConfig:
     mu: float | None = None  # nesterov: how far to look ahead along the velocity; if the variant has no mu either: eta beta
     eta: float | None = None  # length of the step along the velocity, positive
     tau: float | None = None  # newton, light: how much of the correction is added; 1: the whole step, 0: none
-    learned: str | None = None  # which of "beta gamma mu eta tau" are learned, one of each per step of a layer, tau per head
+    temperature: float | None = None  # softmax: of attention's free energy, in units of sqrt(hs), positive; high: even weights
+    learned: str | None = None  # which of these six are learned, "beta tau", say; tau, temperature per head, others per step
     delta: float | None = None  # huber: distance, in units of sqrt(hs), beyond which a key's pull is constant
     precond_rank: int | None = None  # tied: rank of the learned preconditioner; 0: none
     inner_steps: int | None = None  # tied: steps that each sublayer takes, on the same keys and gate
@@ -305,8 +306,20 @@ class SoftmaxAttention(Attention):
 
     def __init__(self, config):
         super().__init__(config)
-        learned = "tau" in config.learned.split()
-        self.tau = Scalar(torch.full((config.n_head, 1, 1), config.tau) if learned else config.tau, learned=learned)
+
+        def of_heads(name, range):
+            value, learned = getattr(config, name), name in config.learned.split()
+            return Scalar(torch.full((config.n_head, 1, 1), value) if learned else value, range, learned)
+
+        self.tau, self.T = of_heads("tau", "real"), of_heads("temperature", "positive")
+
+    def qkv(self, x, past=0):
+        """At the temperature T sqrt(hs), q and k over sqrt(T): so the equations may go on with sqrt(hs) as the temperature."""
+        q, k, v = super().qkv(x, past)
+        if self.T.raw is None and self.T.value == 1:
+            return q, k, v
+        shrink = self.T() ** -0.5
+        return (q * shrink).to(q.dtype), (k * shrink).to(k.dtype), v
 
     def attend(self, q, k, v, dropout):
         if self.config.curvature == "none":
@@ -903,13 +916,14 @@ RANGES = {  # where numbers must lie: the test, and the names
     "must be at least 1": (lambda n: n >= 1, "n_layer n_head n_embd block_size vocab_size inner_steps implicit_steps n_loop"),
     "must be at least 0": (lambda n: n >= 0, "precond_rank"),
     "must lie in [0, 1)": (lambda n: 0 <= n < 1, "dropout beta mu"),
-    "must be positive and finite": (lambda n: 0 < n < math.inf, "gamma eta delta"),
+    "must be positive and finite": (lambda n: 0 < n < math.inf, "gamma eta delta temperature"),
     "must be finite": (math.isfinite, "tau"),
 }
 READ_BY = {  # knob: an axis, and its values that read the knob; with other values the knob must be as in MHA
     knob: (axis, readers)
     for knobs, axis, readers in (
         ("delta", "energy", {"huber"}),
+        ("temperature", "energy", {"softmax"}),
         ("diagonal precond_rank inner_steps", "tied", {True}),
         ("momentum_on beta", "momentum", MOVING),
         ("eta", "momentum", MOVING - {"adam"}),
@@ -922,7 +936,8 @@ READ_BY = {  # knob: an axis, and its values that read the knob; with other valu
 }
 NEEDS = [  # choices, what they need, and why
     (dict(curvature={*CURVATURES}), dict(energy="softmax"), "is derived for the softmax energy"),
-    (dict(tied={True}), dict(energy="softmax", curvature="none", qk_norm=False), "is derived for plain softmax attention"),
+    (dict(tied={True}), dict(energy="softmax", curvature="none", qk_norm=False, temperature=1.0),
+     "is derived for plain softmax attention"),
     (dict(splitting={"euler"}, momentum=MOVING), dict(momentum_on="both"), "moves attention and MLP in one step"),
     (dict(momentum={"dense", "sums"}), dict(n_loop=1), "has weights for layers, not for loops"),
     (dict(reversible={True}),
@@ -936,7 +951,8 @@ RELATIONS = [  # what else must hold, and what to say where it does not
      lambda c: f"backbone=llama rotates pairs of numbers: n_embd / n_head={c.n_embd // c.n_head} must be even"),
     (lambda c: {*c.learned.split()} <= learnable(c),
      lambda c: f"learned={c.learned!r} may name {', '.join(sorted(learnable(c))) or 'nothing'} here: gamma, eta and beta need "
-               "a velocity, beta also reversible=False; mu needs a look-ahead with mu above 0; tau needs a curvature: take "
+               "a velocity, beta also reversible=False; mu needs a look-ahead with mu above 0; tau needs a curvature; "
+               "temperature needs energy=softmax and tied=False: take "
                f"learned={' '.join(name for name in c.learned.split() if name in learnable(c))!r}"),
     (lambda c: not c.reversible or c.beta ** max(0, 2 * c.n_layer * c.n_loop) > 1e-8,
      lambda c: f"reversible=True divides by beta={c.beta} twice in each of {c.n_layer} x {c.n_loop} layers, more than float64 "
@@ -948,7 +964,8 @@ def learnable(c):
     """The scalars of a configuration that can be learned."""
     moving = c.momentum in VELOCITY
     can = dict(gamma=moving, eta=moving and c.momentum != "adam", beta=moving and not c.reversible,
-               mu=c.momentum in LOOKS_AHEAD and c.mu, tau=c.curvature != "none")  # fmt: skip
+               mu=c.momentum in LOOKS_AHEAD and c.mu, tau=c.curvature != "none",
+               temperature=c.energy == "softmax" and not c.tied)  # fmt: skip
     return {name for name, is_so in can.items() if is_so}
 
 

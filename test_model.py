@@ -46,13 +46,14 @@ from model import (
 )
 
 AXES = axes(GPTConfig)
-# every variant, and every value that none of them chooses
+# every variant, every value that none of them chooses, and a number that none of them learns
 SYSTEMS = {name: dict(variant=name) for name in VARIANTS} | {
     f"{axis}={value}": {axis: value}
     for axis, values in AXES.items()
     for value in values
     if isinstance(value, str) and all(getattr(GPTConfig(variant=name), axis) != value for name in VARIANTS)
 }
+SYSTEMS["temperature"] = dict(learned="temperature")
 every_system = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
 every_backbone = pytest.mark.parametrize("backbone", AXES["backbone"])
 
@@ -278,7 +279,6 @@ def newton_step(attend, q, k, v, tau):
 def attention(attn, x):
     """What the equations make of attention, one query at a time."""
     c = attn.config
-    T = math.sqrt(c.n_embd / c.n_head)
     q, k, v = F.linear(x, attn.c_attn.weight, attn.c_attn.bias).unflatten(2, (3, c.n_head, -1)).permute(2, 0, 3, 1, 4)
     q, k, o = EQUATIONS["qk_norm"][c.qk_norm](q), EQUATIONS["qk_norm"][c.qk_norm](k), torch.empty_like(v)
     q, k = (EQUATIONS["backbone"][c.backbone]["turned"](t) for t in (q, k))
@@ -288,7 +288,9 @@ def attention(attn, x):
             a = (attn.c_gate(x[b, : i + 1])[:, h] + 6 * h / (c.n_head - 1)).sigmoid()
             decay = torch.stack([a[j + 1 :].prod() for j in range(i + 1)])
 
-        def attend(q, v, keys=keys, decay=decay):
+        T = math.sqrt(c.n_embd / c.n_head) * (F.softplus(attn.T.raw[h, 0, 0]) if "temperature" in c.learned else c.temperature)
+
+        def attend(q, v, keys=keys, decay=decay, T=T):
             return EQUATIONS["energy"][c.energy](q, keys, T, decay, c.delta * T) @ v
 
         tau = attn.tau.raw[h, 0, 0] if "tau" in c.learned else c.tau
@@ -501,6 +503,15 @@ def test_a_velocity_follows_its_equation_through_a_deep_looped_normed_stack(mome
     rounds |= dict(nesterov=dict(eta=0.8, implicit_steps=3), polyak=dict(eta=0.8, splitting="strang")).get(momentum, {})
     model = tiny(momentum=momentum, **rounds).double()
     idx = tokens(model, B=1, T=5)
+    torch.testing.assert_close(model(idx, idx)[0], by_the_equations(model, idx))
+
+
+@pytest.mark.parametrize("learned", ["", "temperature"])
+@pytest.mark.parametrize("curvature", EQUATIONS["curvature"])
+def test_a_temperature_is_that_of_the_equations(curvature, learned):
+    """Fixed, and learned with another value in each head; with queries and keys of one norm, and turned by position."""
+    model = tiny(curvature=curvature, temperature=0.3, learned=learned, qk_norm=True, backbone="llama").double()
+    idx = tokens(model, B=1, T=7)
     torch.testing.assert_close(model(idx, idx)[0], by_the_equations(model, idx))
 
 
@@ -1084,12 +1095,12 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(energy="linear", curvature="light"), "take energy=softmax"),
         (dict(energy="huber", curvature="newton"), "take energy=softmax"),
         (dict(momentum_on="both"), "take momentum_on='attention'"),
-        (dict(learned="beta"), "may name nothing here"),
+        (dict(learned="beta"), "may name temperature here"),
         (dict(backbone="llama", n_embd=6, n_head=2), "n_embd / n_head=3 must be even"),
         (dict(curvature="light", learned="tau beta"), "take learned='tau'"),
         (dict(tau=0.5), "tau=0.5 belongs to curvature=light or newton"),
         (dict(curvature="newton", tau=math.inf), "tau=inf must be finite"),
-        (dict(variant="YuriiFormer", momentum="dense"), "may name nothing here"),
+        (dict(variant="YuriiFormer", momentum="dense"), "may name temperature here"),
         (dict(variant="YuriiFormer", momentum="sums"), "take learned=''"),
         (dict(velocity_norm=True), "take velocity_norm=False"),
         (dict(momentum="dense", gamma=2.0), "take gamma=1.0"),
@@ -1103,7 +1114,7 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(momentum="polyak", splitting="euler"), "momentum_on=both"),
         (dict(momentum="polyak", implicit_steps=2), "implicit_steps=2 belongs to momentum=nesterov"),
         (dict(momentum="adam", eta=0.5), "eta=0.5 belongs to momentum="),
-        (dict(momentum="adam", learned="eta"), "may name beta, gamma here"),
+        (dict(momentum="adam", learned="eta"), "may name beta, gamma, temperature here"),
         (dict(tied=True, energy="linear"), "energy=softmax"),
         (dict(tied=True, curvature="light"), "curvature=none"),
         (dict(tied=True, qk_norm=True), "qk_norm=False"),
@@ -1113,7 +1124,12 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(reversible=True), "momentum=polyak"),
         (dict(variant="PolyakFormer", reversible=True), "velocity_norm=False"),
         (dict(REVERSIBLE, dropout=0.1), "dropout=0"),
-        (dict(REVERSIBLE, learned="beta gamma"), "may name eta, gamma here"),
+        (dict(REVERSIBLE, learned="beta gamma"), "may name eta, gamma, temperature here"),
+        (dict(energy="linear", temperature=2.0), "temperature=2.0 belongs to energy=softmax"),
+        (dict(energy="linear", learned="temperature"), "may name nothing here"),
+        (dict(tied=True, temperature=2.0), "take temperature=1.0"),
+        (dict(tied=True, learned="temperature"), "needs energy=softmax and tied=False: take learned=''"),
+        (dict(temperature=0.0), "temperature=0.0 must be positive and finite"),
         (dict(energy="huber", delta=math.inf), "delta=inf must be positive and finite"),
         (dict(REVERSIBLE, beta=0.5, n_layer=24), "take beta of at least 0.69"),
     ],

@@ -387,7 +387,26 @@ def test_weights_of_another_tokenizer_are_refused(data, trained, tmp_path, gpt2_
     fit(data, tmp_path / "out", init_from=tmp_path / "ckpt.pt", n_embd=32, max_iters=1, any_tokenizer=True)
 
 
+def test_a_learned_temperature_outlives_surgery():
+    donor = tiny(learned="temperature", noise=1.0)
+    config, weights = checkpoint.surgery(GPTConfig("NagMHA", block_size=16), asdict(donor.config), donor.state_dict())
+    new = GPT(config).eval()
+    new.load_state_dict(weights, strict=False)
+    idx = torch.arange(16)[None]
+    torch.testing.assert_close(new(idx, idx)[0], donor(idx, idx)[0])
+
+
+def test_another_temperature_is_another_function():
+    """Also than that of weights which are older than the knob."""
+    donor = tiny()
+    old = {k: v for k, v in asdict(donor.config).items() if k != "temperature"}
+    for config in asdict(donor.config), checkpoint.renewed("ckpt.pt", old, donor.state_dict()):
+        with pytest.raises(UserError, match="surgery cannot undo its temperature"):
+            checkpoint.surgery(GPTConfig(temperature=0.5, block_size=32), config, donor.state_dict())
+
+
 SURGEONS = {name: dict(variant=name) for name in ("MHA2nd1st", "LightMHA2nd1st", "MomenMHA", "NagMHA")}
+SURGEONS["temperature"] = dict(learned="temperature")
 SURGEONS["both"] = dict(variant="NagMHA", curvature="light", momentum_on="both")
 
 
