@@ -276,11 +276,15 @@ def surgery(config, donor, weights):
                 f"a checkpoint of {donor['variant']} cannot become {config.variant} (they differ in {', '.join(differs())}): "
                 "only one without momentum, curvature and extra tables, such as MHA's, can become another system"
             )
-        if others := differs("curvature", "momentum", "momentum_on", *SCALARS):
-            raise UserError(f"{config.variant} cannot start as {donor['variant']}: surgery cannot undo its {', '.join(others)}")
-        learned, starts = {*config.learned.split(), *donor.get("learned", "").split()}, {}
+        learned = {*config.learned.split(), *donor.get("learned", "").split()}
+        starts = dict(temperature=donor["temperature"]) if "temperature" in learned else {}
+        if others := differs("curvature", "momentum", "momentum_on", *SCALARS, *starts):
+            raise UserError(
+                f"{config.variant} cannot start as {donor['variant']}: surgery cannot change its {', '.join(others)}; "
+                f"take {' '.join(f'--{choice}={donor[choice]}' for choice in others)}"
+            )
         if config.curvature != "none":
-            learned, starts = learned | {"tau"}, dict(tau=0.0)
+            learned, starts = learned | {"tau"}, starts | dict(tau=0.0)
         if config.momentum not in ("none", "polyak", "nesterov"):
             raise UserError(f"momentum={config.momentum} cannot start as {donor['variant']}: take polyak or nesterov")
         if config.momentum != "none":

@@ -105,7 +105,7 @@ class GPTConfig:
     eta: float | None = None  # length of the step along the velocity, positive
     tau: float | None = None  # newton, light: how much of the correction is added; 1: the whole step, 0: none
     temperature: float | None = None  # softmax: of attention's free energy, in units of sqrt(hs), positive; high: even weights
-    learned: str | None = None  # which of these six are learned, "beta tau", say; tau, temperature per head, others per step
+    learned: str | None = None  # which of these six are learned, in place of the variant's; tau and temperature: one per head
     delta: float | None = None  # huber: distance, in units of sqrt(hs), beyond which a key's pull is constant
     precond_rank: int | None = None  # tied: rank of the learned preconditioner; 0: none
     inner_steps: int | None = None  # tied: steps that each sublayer takes, on the same keys and gate
@@ -276,7 +276,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.config, self.temperature = config, math.sqrt(C / config.n_head)
+        self.config, self.sqrt_hs = config, math.sqrt(C / config.n_head)
         self.c_attn = Stacked(3, C, C, config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -311,14 +311,14 @@ class SoftmaxAttention(Attention):
             value, learned = getattr(config, name), name in config.learned.split()
             return Scalar(torch.full((config.n_head, 1, 1), value) if learned else value, range, learned)
 
-        self.tau, self.T = of_heads("tau", "real"), of_heads("temperature", "positive")
+        self.tau, self.temperature = of_heads("tau", "real"), of_heads("temperature", "positive")
 
     def qkv(self, x, past=0):
-        """At the temperature T sqrt(hs), q and k over sqrt(T): so the equations may go on with sqrt(hs) as the temperature."""
+        """q and k over the root of the temperature: so the equations may go on with sqrt(hs) as theirs."""
         q, k, v = super().qkv(x, past)
-        if self.T.raw is None and self.T.value == 1:
+        if self.temperature.raw is None and self.temperature.value == 1:
             return q, k, v
-        shrink = self.T() ** -0.5
+        shrink = self.temperature() ** -0.5
         return (q * shrink).to(q.dtype), (k * shrink).to(k.dtype), v
 
     def attend(self, q, k, v, dropout):
@@ -331,7 +331,7 @@ class HuberAttention(Attention):
     """E_j = H(|q - k_j|), with delta in units of sqrt(hs)."""
 
     def attend(self, q, k, v, dropout):
-        return huber_attention(q, k, v, self.config.delta * self.temperature, dropout)
+        return huber_attention(q, k, v, self.config.delta * self.sqrt_hs, dropout)
 
 
 class LinearAttention(Attention):
@@ -411,7 +411,7 @@ class TiedAttention(Tied):
 
     def __init__(self, config):
         super().__init__(config)
-        self.temperature = math.sqrt(config.n_embd / config.n_head)
+        self.sqrt_hs = math.sqrt(config.n_embd / config.n_head)
         self.c_attn = Stacked(2, config.n_embd, config.n_embd, config.bias)  # W_Q and W_K
         self.a = Scalar(torch.zeros(config.n_head, 1, config.n_embd)) if config.diagonal else None
 
@@ -423,7 +423,7 @@ class TiedAttention(Tied):
             (k,) = cache.extend(k)
 
         def gradient(x):
-            o = softmax_attention(self.project(x, 0, past), k, k, dropout, scale=1 / self.temperature)
+            o = softmax_attention(self.project(x, 0, past), k, k, dropout, scale=1 / self.sqrt_hs)
             kbar, xbar = o.tensor_split([x.size(2) // self.config.n_head], dim=3)
             if self.config.backbone == "llama":
                 kbar = rotate(kbar, past, back=True)

@@ -288,7 +288,8 @@ def attention(attn, x):
             a = (attn.c_gate(x[b, : i + 1])[:, h] + 6 * h / (c.n_head - 1)).sigmoid()
             decay = torch.stack([a[j + 1 :].prod() for j in range(i + 1)])
 
-        T = math.sqrt(c.n_embd / c.n_head) * (F.softplus(attn.T.raw[h, 0, 0]) if "temperature" in c.learned else c.temperature)
+        learned = "temperature" in c.learned
+        T = math.sqrt(c.n_embd / c.n_head) * (F.softplus(attn.temperature.raw[h, 0, 0]) if learned else c.temperature)
 
         def attend(q, v, keys=keys, decay=decay, T=T):
             return EQUATIONS["energy"][c.energy](q, keys, T, decay, c.delta * T) @ v

@@ -307,7 +307,7 @@ def correction(attn, x):
     of weights p_j (1 + tau s_j) that are negative, with tau as learned and with tau = 1; for each head and position.
     """
     q, k, v = (t[0].float() for t in attn.qkv(x))
-    T = attn.temperature
+    T = attn.sqrt_hs
     logits = q @ k.mT / T
     seen = causal(logits)
     p = logits.masked_fill(~seen, -math.inf).softmax(-1)
@@ -348,7 +348,7 @@ def taylor(args):
         largest = at[:, 0].max().item()
         result[T] = dict(size=size, largest=largest, negative=negative, negative_at_tau_1=negative_1)
         rows.append([T, f"{size:.3f}", f"{largest:.3f}", f"{negative:.2%}", f"{negative_1:.2%}"])
-    tau = torch.cat([block.attn.tau().flatten() for block in model.transformer.h])
+    tau = torch.cat([torch.as_tensor(block.attn.tau()).flatten() for block in model.transformer.h])
     print(f"tau: mean {tau.mean():.3f}, from {tau.min():.3f} to {tau.max():.3f}\n")
     print(markdown(["length", "|sum p s v| / |v̄|", "largest head", "negative weights", "negative at tau = 1"], rows))
     return dict(model_config=state["model_config"], step=state["step"], tau=tau.tolist(), lengths=result)

@@ -35,9 +35,12 @@ def read(folder, split, sequences, config):
 
 
 def log_sum_exp(E, temperature):
-    """F = -temperature log sum_j exp(-E_j / temperature), (B, nh, T), and the p_j of its gradient; E: (B, nh, T, T)."""
+    """
+    F = -temperature log sum_j exp(-E_j / temperature), (B, nh, T), and the p_j of its gradient. E: (B, nh, T, T); temperature:
+    a number or (nh, 1, 1).
+    """
     logits = (-E / temperature).masked_fill(~causal(E), -math.inf)
-    return -temperature * logits.logsumexp(-1), logits.softmax(-1)
+    return -(temperature * logits.logsumexp(-1, keepdim=True)).squeeze(-1), logits.softmax(-1)
 
 
 def free_energy(attn, x, context):
@@ -48,15 +51,16 @@ def free_energy(attn, x, context):
     """
     config = attn.config
     if config.tied:  # summed over heads it is the energy of the token
-        return log_sum_exp(-attn.project(x, 0) @ attn.project(context, 1).mT, attn.temperature)
+        return log_sum_exp(-attn.project(x, 0) @ attn.project(context, 1).mT, attn.sqrt_hs)
     q, k = attn.qkv(x)[0], attn.qkv(context)[1]
     match config.energy:
         case "softmax":
-            return log_sum_exp(-q @ k.mT, attn.temperature)
+            T = attn.temperature()  # in units of sqrt(hs); qkv() gave q.k / T
+            return log_sum_exp(-q @ k.mT * T, attn.sqrt_hs * T)
         case "huber":
             r = torch.cdist(q, k)
-            E = F.huber_loss(r, torch.zeros_like(r), reduction="none", delta=config.delta * attn.temperature)
-            return log_sum_exp(E, attn.temperature)
+            E = F.huber_loss(r, torch.zeros_like(r), reduction="none", delta=config.delta * attn.sqrt_hs)
+            return log_sum_exp(E, attn.sqrt_hs)
         case "linear" | "gated_linear":
             b = attn.log_a(context).cumsum(-1)
             decay = (b[..., :, None] - b[..., None, :]).exp().tril()

@@ -11,10 +11,10 @@ flatter minima; compare runs of one data set and budget, since both numbers fall
 the weights.
 """
 
-import json
 import os
 import statistics
 from collections import defaultdict
+from dataclasses import asdict
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +28,12 @@ from experiments.records import Records, made, markdown, mean_sd, windows, write
 from files import sha256
 from guard import UserError, cli
 from log import system
+from model import OF_MHA
+from train import Config
+
+# knobs of train.py that do not change what a run learns
+BOOKS = set("any_tokenizer compile data_dir device eval_interval eval_iters eval_only log_interval logger logger_name "
+            "logger_project on_spike out_dir overwrite seed timeout verify".split())  # fmt: skip
 
 
 def mean_loss(model, batches):
@@ -130,17 +136,24 @@ def table(records, args):
         f"one; seed {args.seed}. Measured on {made(records)}.\n\n"
     )
     rows, systems = [], defaultdict(list)
-    for r in records:
-        rows.append([r["run"], r["system"], r["run_seed"], f"{r['step']:,}", f"{r['loss']:.4f}",
+    # a system's name says its variant and choices; what else differs, sizes or learning rates, is added. A knob that is newer
+    # than a run counts as its default, and a resumed run as one from scratch.
+    settings = [asdict(Config()) | r["training"] | r["model_config"] for r in records]
+    settings = [s | dict(init_from=s["init_from"].replace("resume", "scratch")) for s in settings]
+    said = {"variant", *OF_MHA, *BOOKS}
+    varied = [k for k in settings[0] if k not in said and any(s[k] != settings[0][k] for s in settings)]
+    names = [r["system"] + "".join(f" --{k}={s[k]}" for k in varied) for r, s in zip(records, settings, strict=True)]
+    for r, name in zip(records, names, strict=True):
+        rows.append([r["run"], name, r["run_seed"], f"{r['step']:,}", f"{r['loss']:.4f}",
                      f"{r['trace']:.4g} ± {r['trace_error']:.2g}", f"{r['trace_per_parameter']:.3g}",
                      f"{r['eigenvalue']:.4g}", f"{r['eigenvalue_change']:.0e}"])  # fmt: skip
-        systems[json.dumps([r["model_config"], r["training"], r["step"]])].append(r)
-    numbers = ["loss, nats per token", "trace", "trace per parameter", "largest eigenvalue"]
-    text += markdown(["run", "system", "seed", "step", *numbers, "change"], rows)
+        systems[name, r["step"]].append(r)
+    numbers = ["step", "loss, nats per token", "trace", "trace per parameter", "largest eigenvalue"]
+    text += markdown(["run", "system", "seed", *numbers, "change"], rows)
     if len(systems) < len(records):
         forms = dict(loss=".4f", trace=".4g", trace_per_parameter=".3g", eigenvalue=".4g")
-        rows = [[runs[0]["system"], len(runs), *(mean_sd([r[k] for r in runs], form, ".2g") for k, form in forms.items())]
-                for runs in systems.values()]  # fmt: skip
+        rows = [[name, len(runs), f"{step:,}", *(mean_sd([r[k] for r in runs], form, ".2g") for k, form in forms.items())]
+                for (name, step), runs in systems.items()]  # fmt: skip
         text += "\nMean ± standard deviation over the runs of one system:\n\n"
         text += markdown(["system", "runs", *numbers], rows)
     return text

@@ -106,6 +106,19 @@ def test_reported_free_energies_are_those_of_the_definitions():
     torch.testing.assert_close(energy.energies(cem, idx)["before"].sum(), want)
 
 
+def test_a_temperature_is_in_the_energy():
+    """F = -T log sum_j exp(q.k_j / T), with a T for each head, and with the q and k of the same weights at temperature 1."""
+    attn = tiny(n_layer=1, learned="temperature").transformer.h[0].attn
+    attn.temperature.raw.data = torch.tensor([0.3, 2.0])[:, None, None]
+    plain = tiny(n_layer=1).transformer.h[0].attn
+    plain.load_state_dict(attn.state_dict(), strict=False)
+    x = 5 * torch.randn(2, 7, 16)
+    q, k, _ = plain.qkv(x)
+    for h, T in enumerate(math.sqrt(8) * F.softplus(torch.tensor([0.3, 2.0]))):
+        expected = by_query(lambda q, k, T=T: -T * torch.logsumexp(k @ q / T, 0), q[:, h : h + 1], k[:, h : h + 1])
+        torch.testing.assert_close(energy.free_energy(attn, x, x)[0][:, h], expected[:, 0], rtol=1e-4, atol=1e-4)
+
+
 def test_an_energy_without_a_free_energy_is_an_error():
     model = tiny()
     model.config.energy = "another"

@@ -132,14 +132,26 @@ def test_the_table(run, tmp_path, capsys):
     assert records[2]["eigenvalue"] == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-4)
     assert 0 <= records[2]["eigenvalue_change"] < 1e-4
     head, one, two, three, _, mha, nag = rows(text)
-    assert three[:5] == [str(c), "NagMHA --beta=0.5", "0", "7", f"{loss:.4f}"] and one[1] == two[1] == "MHA"
+    assert three[:5] == [str(c), "NagMHA --beta=0.5 --n_layer=1 --dropout=0.3", "0", "7", f"{loss:.4f}"]
+    assert one[1] == two[1] == "MHA --n_layer=2 --dropout=0.0"
     assert float(three[7]) == pytest.approx(records[2]["eigenvalue"], rel=1e-3)
     eigenvalues = np.array([r["eigenvalue"] for r in records[:2]])  # of a and b
-    mean, sd = map(float, mha[5].split(" ± "))
-    assert (mha[1], nag[1]) == ("2", "1") and "±" not in nag[5]
+    mean, sd = map(float, mha[6].split(" ± "))
+    assert (mha[1:3], nag[1:3]) == (["2", "7"], ["1", "7"]) and "±" not in nag[6]
     assert mean == pytest.approx(eigenvalues.mean(), rel=1e-3) and sd == pytest.approx(
         eigenvalues.std(ddof=1), rel=5e-2
     )  # two digits
+
+
+def test_runs_at_two_rates_are_two_systems(run, tmp_path, capsys):
+    """And neither a knob that only one of them knows nor a resumed run makes more of them."""
+    folders = [run(name, seed=seed) for seed, name in enumerate("abc")]
+    for folder, knobs in zip(folders, ({}, dict(learning_rate=0.2), dict(learning_rate=0.2, init_from="resume")), strict=True):
+        state = checkpoint.load(folder / "ckpt.pt")
+        checkpoint.save(folder, state | dict(config=state["config"] | knobs), best=False)
+    measure(*folders, "--probes", "2", "--iterations", "2", out=tmp_path / "s")
+    *_, slow, fast = rows(capsys.readouterr().out)
+    assert (slow[:2], fast[:2]) == (["MHA --learning_rate=0.0006", "1"], ["MHA --learning_rate=0.2", "2"])
 
 
 def test_a_checkpoint_is_measured_once(run, tmp_path, monkeypatch, capsys):

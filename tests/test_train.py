@@ -387,9 +387,11 @@ def test_weights_of_another_tokenizer_are_refused(data, trained, tmp_path, gpt2_
     fit(data, tmp_path / "out", init_from=tmp_path / "ckpt.pt", n_embd=32, max_iters=1, any_tokenizer=True)
 
 
-def test_a_learned_temperature_outlives_surgery():
-    donor = tiny(learned="temperature", noise=1.0)
-    config, weights = checkpoint.surgery(GPTConfig("NagMHA", block_size=16), asdict(donor.config), donor.state_dict())
+@pytest.mark.parametrize("learned", ["", "temperature"])
+def test_a_learned_temperature_outlives_surgery(learned):
+    donor = tiny(learned="temperature", temperature=0.5, noise=1.0)
+    config = GPTConfig("NagMHA", block_size=16, learned=learned)
+    config, weights = checkpoint.surgery(config, asdict(donor.config), donor.state_dict())
     new = GPT(config).eval()
     new.load_state_dict(weights, strict=False)
     idx = torch.arange(16)[None]
@@ -401,7 +403,7 @@ def test_another_temperature_is_another_function():
     donor = tiny()
     old = {k: v for k, v in asdict(donor.config).items() if k != "temperature"}
     for config in asdict(donor.config), checkpoint.renewed("ckpt.pt", old, donor.state_dict()):
-        with pytest.raises(UserError, match="surgery cannot undo its temperature"):
+        with pytest.raises(UserError, match="surgery cannot change its temperature; take --temperature=1.0"):
             checkpoint.surgery(GPTConfig(temperature=0.5, block_size=32), config, donor.state_dict())
 
 
@@ -441,7 +443,7 @@ def test_surgery_on_other_systems(shared):
     new.load_state_dict(weights, strict=False)
     assert "beta" in config.learned
     torch.testing.assert_close(new(idx, idx)[0], donor(idx, idx)[0], rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="surgery cannot undo its"):
+    with pytest.raises(UserError, match="surgery cannot change its"):
         checkpoint.surgery(GPTConfig(variant="NagMHA", block_size=donor.config.block_size), asdict(donor.config), {})
     with pytest.raises(UserError, match="extra tables"):
         checkpoint.surgery(asked, asdict(tiny("EmbedControl").config), {})
