@@ -935,7 +935,7 @@ def legal(draw):
              momentum_on=pick(momentum != "none", "attention", "both"), implicit_steps=pick(momentum == "nesterov", 1, 2),
              velocity_init=pick(velocity or momentum == "none", "zero", "embed"), velocity_norm=pick(velocity, False, True),
              learned=pick(velocity, "", eta, f"beta {eta}"), n_loop=pick(momentum not in ("dense", "sums"), 1, 2))  # fmt: skip
-    c["learned"] += pick(c["curvature"] != "none", "", " tau")
+    c["learned"] += pick(c["curvature"] != "none", "", " tau") + pick(energy == "softmax" and not tied, "", " temperature")
     both = momentum == "none" or c["momentum_on"] == "both"
     c["splitting"] = pick(both, draw(st.sampled_from(["lie_trotter", "strang"])), "euler")
     plain = momentum == "polyak" and c["momentum_on"] == "both" and not c["velocity_norm"]

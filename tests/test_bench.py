@@ -39,9 +39,11 @@ def results(path):
     return [record["result"] for record in json.loads(path.read_text())]
 
 
-def test_taylor(data, tmp_path):
-    for variant in ("MHA2nd1st", "MHA"):
-        fit(data, tmp_path / variant, variant=variant, max_iters=2)
+@pytest.mark.parametrize("learned", ["tau", "temperature"])
+def test_taylor(data, tmp_path, learned):
+    """With a learned tau, and with a fixed one."""
+    fit(data, tmp_path / "MHA", variant="MHA", max_iters=2)
+    fit(data, tmp_path / "MHA2nd1st", variant="MHA2nd1st", learned=learned, max_iters=2)
     bench.main(["taylor", str(tmp_path / "MHA2nd1st"), "--lengths", "8", "32", "64", f"--out={tmp_path / 'bench.json'}"])
     (found,) = results(tmp_path / "bench.json")
     assert set(found["lengths"]) == {"8", "32"} and 0 < found["lengths"]["8"]["size"] <= found["lengths"]["8"]["largest"]
