@@ -11,7 +11,8 @@ so many --steps, --tokens, --seconds or oracle --calls. With one of these four t
 does. An oracle call: a forward pass asks one attention or MLP for a direction. A step counts as one pass, whatever its batch.
 
 With --learning_rates each system takes the rate that is best for it. Each rate gets one run that decides this, with
---tuning_seed and --tuning_share of the budget. The seeds of the table decide nothing. min_lr keeps its ratio to the rate.
+--tuning_seed and the whole budget. A --tuning_share of it costs less and often chooses too high a rate (results/README.md).
+The seeds of the table decide nothing. min_lr keeps its ratio to the rate.
 With --grow a system whose best rate is its lowest or highest also tries the next one, until its best has one on either side.
 
 Runs live in out/NAME. Finished ones do not run again and interrupted ones go on, so you can stop the command and repeat it.
@@ -333,7 +334,8 @@ def report(data):
         tried = [{rate: mean_sd(final([run])) for rate, run in s["tuning"].items()} for s in systems.values()]
         losses = [[rate, *(t.get(rate, "") for t in tried)] for rate in sorted({rate for t in tried for rate in t}, key=float)]
         text += f"The rate of each system is the best of these, by a run of seed {data['tuning_seed']} and "
-        text += f"{data['tuning_share']:g} of the budget:\n\n" + markdown(["rate", *systems], losses) + "\n"
+        text += "the whole" if data["tuning_share"] == 1 else f"{data['tuning_share']:g} of the"
+        text += " budget:\n\n" + markdown(["rate", *systems], losses) + "\n"
         every += [run for s in systems.values() for run in s["tuning"].values()]
     dates = [run["date"] for run in every]
     return text + f"Made {min(dates)} to {max(dates)}: {made(every)}.\n"
@@ -437,7 +439,7 @@ def main(arguments):
         budget.add_argument(f"--{unit}", type=float, help=f"{name} of training, the same for every system")
     parser.add_argument("--learning_rates", nargs="+", type=float, help="rates to try: each system then runs at its best one")
     parser.add_argument("--tuning_seed", type=int, default=0, help="the seed on which the rates are compared")
-    parser.add_argument("--tuning_share", type=float, default=0.25, help="of the budget, for each run that compares rates")
+    parser.add_argument("--tuning_share", type=float, default=1.0, help="of the budget, for each run that compares rates")
     parser.add_argument("--grow", action="store_true", help="try more rates while the best is the lowest or the highest")
     parser.add_argument("--untimed", action="store_true", help="leave out the steps that measure speed, and the seconds")
     parser.add_argument("--reuse", nargs="+", action="extend", default=[],

@@ -177,6 +177,8 @@ def test_budget_of_tokens_sweep_and_match(flags, here):
         words = ", width 20" if "match" in system else ""  # YuriiFormer has two tables more, of 257 and 32 rows
         mean = statistics.mean(final(f"{folder}-{seed}") for seed in (5, 6))
         assert rows[f"{system}{words}, rate {best}"][2].strip().startswith(f"{mean:.4f} ± ")
+    assert "by a run of seed 0 and 0.5 of the budget:" in table
+    assert "seed 0 and the whole budget:" in compare.report(data | dict(tuning_share=1.0))
     assert state["model_config"]["n_embd"] == 20 and data["budget"] == ["tokens", 2100] and data["config"]["max_iters"] == 8
 
 
