@@ -660,9 +660,9 @@ def test_momenmha_unrolls_to_a_densenet():
     torch.testing.assert_close(ends[1], ends[0] + sum(c * g for c, g in zip(c, g, strict=True)))
 
 
-@pytest.mark.parametrize("choice", [dict(curvature="newton", tau=0.0), dict(curvature="light", tau=0.0, learned="tau"),
-                                    dict(momentum="polyak", beta=0.0), dict(momentum="nesterov", beta=0.0, learned="beta")],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("choice", [dict(curvature="newton", tau=0.0, learned="tau"),
+                                    dict(curvature="light", tau=0.0, learned="tau"), dict(momentum="polyak", beta=0.0),
+                                    dict(momentum="nesterov", beta=0.0, learned="beta")], ids=str)  # fmt: skip
 def test_without_correction_or_velocity_a_variant_is_mha(choice):
     mha, model = tiny(), GPT(GPTConfig(**(vars(tiny().config) | choice))).eval()
     model.load_state_dict(mha.state_dict(), strict=False)
@@ -1101,6 +1101,7 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(curvature="light", learned="tau beta"), "take learned='tau'"),
         (dict(tau=0.5), "tau=0.5 belongs to curvature=light or newton"),
         (dict(curvature="newton", tau=math.inf), "tau=inf must be finite"),
+        (dict(variant="NagMHA", curvature="light", tau=0.0, learned="beta"), "take learned='beta tau'"),
         (dict(variant="YuriiFormer", momentum="dense"), "may name temperature here"),
         (dict(variant="YuriiFormer", momentum="sums"), "take learned=''"),
         (dict(velocity_norm=True), "take velocity_norm=False"),
