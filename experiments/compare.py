@@ -348,15 +348,17 @@ def draw(data, path):
     """
     (unit, budget), systems = data["budget"], {name: s for name, s in data["systems"].items() if not lost(s["runs"])}
     base, first = next(iter(systems.items()))
-    panels, heights = [["loss", "minus"], ["end", "end"]], (2.6, 0.4 + 0.19 * len(systems))
-    fig, axes = plt.subplot_mosaic(panels, height_ratios=heights, figsize=(7, sum(heights) + 0.6))
-    enlarge_end(axes["loss"], [curve(s, "validation", unit) for s in systems.values()])
-    axes["loss"].set(xlabel=f"{UNITS[unit]} of training", ylabel="nats per token", title="validation loss")
-    differences, end = [curve(s, "validation", unit, first) for s in systems.values()], axes["end"]
-    low, high = bands(axes["minus"], differences, start=0.4 * differences[0][-1][0])
-    axes["minus"].set(xlabel=f"{UNITS[unit]} of training", title=f"minus {base}'s, seed by seed")
+    heights = 3.1, 0.5 + 0.19 * len(systems)
+    fig = plt.figure(figsize=(7, sum(heights)))
+    above, below = fig.subfigures(2, height_ratios=heights)  # long names below leave the panels above their width
+    (loss, minus), end = above.subplots(1, 2), below.subplots()
+    enlarge_end(loss, [curve(s, "validation", unit) for s in systems.values()])
+    loss.set(xlabel=f"{UNITS[unit]} of training", ylabel="nats per token", title="validation loss")
+    differences = [curve(s, "validation", unit, first) for s in systems.values()]
+    low, high = bands(minus, differences, start=0.4 * differences[0][-1][0])
+    minus.set(xlabel=f"{UNITS[unit]} of training", title=f"minus {base}'s, seed by seed")
     if high > low:
-        axes["minus"].set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        minus.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     for i, s in enumerate(systems.values()):
         difference, interval, _ = paired(final(s["runs"]), final(first["runs"]))
         end.plot(interval or [difference] * 2, (i, i), "|-", color=line(i)["color"])
