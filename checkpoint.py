@@ -144,6 +144,8 @@ def renewed(path, config, weights):
         config = config | dict(momentum="nesterov", learned=" ".join(dict.fromkeys([*learned, "eta"])))
     elif "tau" not in config and config.get("curvature", "none") != "none":  # its tau was always learned
         config = config | dict(learned=" ".join([*learned, "tau"]))
+    elif config.get("tau") == 0 and "tau" not in learned:  # a curvature that did nothing
+        config = config | dict(curvature="none", tau=1.0)
     before = dict(backbone="gpt2", implicit_steps=1, tau=1.0, temperature=1.0)  # what there was before these were choices
     return before | config
 

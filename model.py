@@ -954,9 +954,9 @@ RELATIONS = [  # what else must hold, and what to say where it does not
                "a velocity, beta also reversible=False; mu needs a look-ahead with mu above 0; tau needs a curvature; "
                "temperature needs energy=softmax and tied=False: take "
                f"learned={' '.join(name for name in c.learned.split() if name in learnable(c))!r}"),
-    (lambda c: c.curvature == "none" or c.tau != 0 or "tau" in c.learned.split(),
+    (lambda c: c.curvature not in CURVATURES or c.tau != 0 or "tau" in c.learned.split(),
      lambda c: f"curvature={c.curvature} with tau={c.tau} does nothing unless tau is learned: take "
-               f"learned={' '.join([*c.learned.split(), 'tau'])!r}"),
+               f"learned={' '.join([*(name for name in c.learned.split() if name in learnable(c)), 'tau'])!r}"),
     (lambda c: not c.reversible or c.beta ** max(0, 2 * c.n_layer * c.n_loop) > 1e-8,
      lambda c: f"reversible=True divides by beta={c.beta} twice in each of {c.n_layer} x {c.n_loop} layers, more than float64 "
                f"can bear: take beta of at least {1e-8 ** (0.5 / c.n_layer / c.n_loop) + 0.005:.2f}"),

@@ -1102,6 +1102,7 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
         (dict(tau=0.5), "tau=0.5 belongs to curvature=light or newton"),
         (dict(curvature="newton", tau=math.inf), "tau=inf must be finite"),
         (dict(variant="NagMHA", curvature="light", tau=0.0, learned="beta"), "take learned='beta tau'"),
+        (dict(curvature="newton", tau=0.0, learned="beta"), "unless tau is learned: take learned='tau'"),
         (dict(variant="YuriiFormer", momentum="dense"), "may name temperature here"),
         (dict(variant="YuriiFormer", momentum="sums"), "take learned=''"),
         (dict(velocity_norm=True), "take velocity_norm=False"),

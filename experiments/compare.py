@@ -11,7 +11,7 @@ so many --steps, --tokens, --seconds or oracle --calls. With one of these four t
 does. An oracle call: a forward pass asks one attention or MLP for a direction. A step counts as one pass, whatever its batch.
 
 With --learning_rates each system takes the rate that is best for it. Each rate gets one run that decides this, with
---tuning_seed and the whole budget. A --tuning_share of it costs less and often chooses too high a rate (results/README.md).
+--tuning_seed and the whole budget. A --tuning_share below 1 costs less, but often chooses too high a rate (results/README.md).
 The seeds of the table decide nothing. min_lr keeps its ratio to the rate.
 With --grow a system whose best rate is its lowest or highest also tries the next one, until its best has one on either side.
 
@@ -367,7 +367,7 @@ def draw(data, path):
     left, right = end.get_xlim()
     end.set(xlim=(left - 0.08 * (right - left), right), xlabel=f"minus {base}'s at the end, with its 95% interval")
     end.set_yticks(range(len(systems)), systems)
-    end.invert_yaxis()
+    end.set_ylim(len(systems) - 0.5, -0.5)
     text, seeds = data["config"]["dataset"], ", ".join(map(str, data["seeds"]))
     fig.suptitle(f"{text}, {budget:,.0f} {UNITS[unit]}: mean ± sd over seeds {seeds}", fontsize=10)
     save(fig, path)
@@ -405,8 +405,8 @@ def beyond(of_rate):
 
 def tune(commands, folder, known, args):
     """
-    A run of each system at each rate, on a seed and a budget that serve nothing else: {system: {rate: its record}}. Raises
-    UserError if a system diverges at all of args.learning_rates.
+    A run of each system at each rate, on a seed that serves nothing else, for tuning_share of the budget: {system: {rate: its
+    record}}. Raises UserError if a system diverges at all of args.learning_rates.
     """
     tried, rates = {system: {} for system in commands}, dict.fromkeys(commands, args.learning_rates or [])
     while any(rates.values()):
@@ -441,7 +441,7 @@ def main(arguments):
         budget.add_argument(f"--{unit}", type=float, help=f"{name} of training, the same for every system")
     parser.add_argument("--learning_rates", nargs="+", type=float, help="rates to try: each system then runs at its best one")
     parser.add_argument("--tuning_seed", type=int, default=0, help="the seed on which the rates are compared")
-    parser.add_argument("--tuning_share", type=float, default=1.0, help="of the budget, for each run that compares rates")
+    parser.add_argument("--tuning_share", type=float, default=1.0, help="share of the budget for each run that compares rates")
     parser.add_argument("--grow", action="store_true", help="try more rates while the best is the lowest or the highest")
     parser.add_argument("--untimed", action="store_true", help="leave out the steps that measure speed, and the seconds")
     parser.add_argument("--reuse", nargs="+", action="extend", default=[],

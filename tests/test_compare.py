@@ -229,7 +229,7 @@ def test_reuse(flags, here):
         return result(name)[0]["systems"]
 
     first = main("a", "--systems", "MHA", "NagMHA")
-    assert len(here) == 6
+    assert len(here) == 6 and all(checkpoint.load(f"{folder}/ckpt.pt")["step"] == 12 for folder in here)  # rates, too
     with open("none.json", "w") as file:
         json.dump(dict(systems={}), file)
     again = main("b", "--systems", "NagMHA", "MHA", "MomenMHA", "--reuse", "none.json", "--reuse", "results/a.json")

@@ -188,6 +188,7 @@ def test_without_a_compiler_the_run_goes_on(data, tmp_path, monkeypatch, capsys)
     ("MHA", {}, None),
     ("MHA2nd1st", dict(learned=""), None),  # which learned tau, whatever its configuration said
     ("TMMFormer", dict(momentum="triple", learned="beta gamma mu"), None),  # which learned eta
+    ("NagMHA", dict(curvature="light", tau=0.0), None),  # a curvature that did nothing
     ("LinearMHA", {}, "whose linear attention ended in a norm"),
     ("CEM+", {}, "whose tied MLP took a single inner step"),
     ("PolyakFormer", dict(variant="VerletFormer", momentum="verlet"), "whose VerletFormer kicked and drifted in another order"),
