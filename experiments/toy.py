@@ -3,7 +3,8 @@ Three toy problems in minutes on a CPU, and how large the gradients are that eac
 
     python prepare.py lis
     python -m experiments.toy --systems MHA MomenMHA NagMHA DenseMHA --seeds 1 2 3 --steps 600 --out results/toy
-    python -m experiments.toy --problems gaussian_process --systems Llama CEM CEM+ --out results/gaussian_process
+    python -m experiments.toy --problems gaussian_process --n_embd 64 --steps 2000 \\
+        --systems "Llama --optimizer=muon" "CEM --optimizer=muon" --out results/gaussian_process
 
 regression: x_1, y_1, ..., x_n, y_n with y = w.x + noise and a fresh w in each sequence; every y is predicted from the
 examples before it, in mean squared error. gaussian_process: the same with y = f(x) + noise, x of 10 dimensions and f a fresh
@@ -268,7 +269,10 @@ def band(ax, x, curves, color, **style):
 
 def draw(problems, results, title):
     """A row for each problem: loss by step, its own panel, gradient norm by layer. results: {problem: {system: [run]}}."""
-    fig, axes = plt.subplots(len(problems), 3, figsize=(10, 0.5 + 2.75 * len(problems)), squeeze=False)
+    systems = list(next(iter(results.values())))
+    columns = min(6, max(1, 130 // (8 + max(map(len, systems)))))  # of the legend: as many as the width has room for
+    height = 3 * len(problems) + 0.3 + 0.2 * math.ceil(len(systems) / columns)
+    fig, axes = plt.subplots(len(problems), 3, figsize=(10, height), squeeze=False)
     fig.suptitle(title, fontsize=10)
     for problem, (a, b, c) in zip(problems, axes, strict=True):
         runs = results[problem.name]
@@ -281,10 +285,10 @@ def draw(problems, results, title):
         if problem.reference is not None:
             a.axhline(problem.reference, color="black", ls="--", lw=1)
         a.set(xlabel="training step", ylabel=problem.loss)
-        a.set_title(f"{problem.title} (dashed: {problem.known})", fontsize=10)
+        a.set_title(f"{problem.title} (dashed: {problem.known})", fontsize=9, loc="left")
         problem.draw(b, runs, colors)
         c.set(xlabel="layer", ylabel="gradient norm of attention", xticks=range(len(norms[0])), ylim=0)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return fig
 
 
