@@ -26,7 +26,7 @@ import sample
 import train
 from configurator import parse
 from conftest import ROOT, TINY, assert_same_tensors, fit, flags, losses, run
-from guard import UserError
+from guard import UserError, stop_signals
 from model import GPT
 
 STEPS = dict(max_iters=20, eval_interval=8, lr_decay_iters=20)
@@ -215,7 +215,7 @@ def test_killed_fifty_times(data, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_ends_the_step_and_saves(data, whole, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_ends_the_step_and_saves(data, whole, tmp_path, monkeypatch, capsys, request, number):
     """The run ends after its step with a checkpoint, and resumed it becomes the uninterrupted one."""
     rate = train.learning_rate
 
@@ -226,12 +226,21 @@ def test_a_signal_ends_the_step_and_saves(data, whole, tmp_path, monkeypatch, ca
         return rate(step, cfg)
 
     monkeypatch.setattr(train, "learning_rate", interrupted)
-    handler = signal.getsignal(number)
+    inherited = signal.signal(number, signal.SIG_DFL)  # under nohup these tests, and so the run, would ignore SIGHUP
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     state, metrics = fit(data, tmp_path, **STEPS)
     assert state["step"] == 11 and metrics[-1]["step"] == 10 and "after 11 steps" in capsys.readouterr().out
     assert checkpoint.load(tmp_path / "ckpt_prev.pt")["step"] == 8
-    assert signal.getsignal(number) is handler
+    assert signal.getsignal(number) is signal.SIG_DFL
     assert_same_run(tmp_path, data, whole)
+
+
+def test_under_nohup_a_dropped_connection_stops_nothing(request):
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, inherited))
+    with stop_signals() as caught:
+        signal.raise_signal(signal.SIGHUP)
+    assert not caught
 
 
 # hangs without returning to Python, as a process does that waits for others
