@@ -42,7 +42,7 @@ import torch.utils.checkpoint
 
 # ---- the choices -----------------------------------------------------------------------------------------------------
 
-# What the systems of [Zimin] and [Gai] share.
+# What the systems of [Zimin] and [Gai] share that have a velocity.
 FORMER = dict(momentum_on="both", velocity_init="embed", velocity_norm=True, learned="beta gamma", beta=0.9)
 YURII = FORMER | dict(momentum="nesterov", learned="beta gamma mu", mu=0.9)
 # A system's name: its source, and the choices in which it differs from MHA.
@@ -86,7 +86,7 @@ class GPTConfig:
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # rows of the token table
     dropout: float = 0.0  # share of activations dropped in training
-    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; llama has none
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; llama: none but gated_linear's
     backbone: Literal[*BACKBONES] | None = None  # what oracles are made of; llama: RMSNorm, rotary positions, SwiGLU
     energy: Literal[*ENERGIES] | None = None  # what attention descends
     curvature: Literal["none", *CURVATURES] | None = None  # how the energy's gradient is preconditioned
@@ -94,14 +94,14 @@ class GPTConfig:
     momentum_on: Literal[*MOVED] | None = None  # the oracles that the momentum applies to
     splitting: Literal[*SPLITTINGS] | None = None  # lie_trotter: attention, MLP; euler: both at once; strang: half, MLP, half
     velocity_init: Literal["zero", "embed"] | None = None  # the velocity before the first layer; embed: tables of its own
-    velocity_norm: bool | None = None  # a LayerNorm on the velocity, at every step
+    velocity_norm: bool | None = None  # a LayerNorm on the velocity, at every step; adam: on its direction
     tied: bool | None = None  # values are the keys, output projections are transposed input projections
     diagonal: bool | None = None  # tied: every head's W_Q^T W_K gets a diagonal term
     qk_norm: bool | None = None  # scale every query and every key to norm sqrt(hs)
     reversible: bool | None = None  # rebuild activations in the backward pass instead of storing them
     beta: float | None = None  # share of the velocity kept from one step to the next, in [0, 1)
     gamma: float | None = None  # weight of the oracle in the velocity, positive; adam: length of the step
-    mu: float | None = None  # nesterov: how far to look ahead along the velocity; if the variant has no mu either: eta beta
+    mu: float | None = None  # nesterov: how far to look ahead along the velocity; None: the variant's mu, otherwise eta beta
     eta: float | None = None  # length of the step along the velocity, positive
     tau: float | None = None  # newton, light: how much of the correction is added; 1: the whole step, 0: none
     temperature: float | None = None  # softmax: of attention's free energy, in units of sqrt(hs), positive; high: even weights
@@ -148,7 +148,7 @@ def newton_attention(q, k, v, tau, dropout=0.0):
 
         u = k̄ - q        s_j = (k_j - k̄).u / sqrt(hs)        w_j = p_j (1 + tau s_j)        o = sum_j w_j v_j
 
-    tau: a number or (nh, 1, 1). tau = 0: softmax attention. tau = 1, if v = k and all keys have one norm: exactly this step.
+    tau: a number or (nh, 1, 1). tau = 0: softmax attention. tau = 1, if v = k and all keys have one norm: q plus this step.
     """
 
     def reweighted(q, k):
@@ -172,7 +172,8 @@ def light_attention(q, k, v, tau, dropout=0.0):
 def huber_attention(q, k, v, delta, dropout=0.0):
     """
     HuberMHA [Ren's open question; derived]: a gradient step on the free energy of E_j = H(|q - k_j|), where H(r) is
-    r^2 / 2 up to r = delta and delta (r - delta / 2) beyond: no key pulls the query by more than delta. Values free:
+    r^2 / 2 up to r = delta and delta (r - delta / 2) beyond: no key pulls the query by more than delta. Values free, and the
+    part with q left out:
 
         o = sum_j p_j min(1, delta / r_j) v_j        p_j = softmax_j(-E_j / sqrt(hs))        r_j = |q - k_j|
     """
@@ -338,7 +339,7 @@ class LinearAttention(Attention):
     """
     E_j = -(q.k_j)^2 / 2, in a plain sum, not a free energy. It remembers the past as a state S, not as keys. Its step is
 
-        o_i / sqrt(N_i)        N_i = a_i N_{i-1} + 1        (N = i where a = 1)
+        o_i / sqrt(N_i)        N_i = a_i N_{i-1} + 1        (N: the number of tokens so far, where a = 1)
 
     A sum of N independent terms is about sqrt(N) times as large as one [derived]. A norm layer on o_i instead would magnify
     rounding at the first positions: there o_i is a single product, and a norm layer keeps little but its sign.
@@ -363,7 +364,7 @@ class GatedLinearAttention(LinearAttention):
 
     def __init__(self, config):
         super().__init__(config)
-        self.c_gate = nn.Linear(config.n_embd, config.n_head)
+        self.c_gate = nn.Linear(config.n_embd, config.n_head)  # its bias, always there, says how long a head remembers
 
     def log_a(self, x):
         gate = self.c_gate(x).mT.to(torch.promote_types(x.dtype, torch.float32))
@@ -489,7 +490,7 @@ class SwiGLU(nn.Module):
 
 class TiedMLP(Tied):
     """
-    CEM's gated MLP [Xu]: minus the gradient in x, the gate V x held fixed, of
+    CEM's gated MLP [Xu]: minus the gradient in x, the gate V x held fixed (Llama calls V up_proj, W gate_proj), of
 
         E(x) = -sum_m (V x)_m psi(w_m.x)        g = W^T (psi'(W x) * V x)
 

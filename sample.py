@@ -61,8 +61,9 @@ def load(cfg, device):
         model, state = checkpoint.load_model(path, device, **choices)
         return model, get_tokenizer(state["tokenizer"])
     config, weights, tokenizer = checkpoint.gpt2(cfg.init_from)
-    model = GPT(GPTConfig(**config | choices)).eval()
-    model.load_state_dict(weights)
+    with checkpoint.fitting(cfg.init_from):
+        model = GPT(GPTConfig(**config | choices)).eval()
+        model.load_state_dict(weights)
     return model.to(device), get_tokenizer(tokenizer)
 
 

@@ -3,7 +3,8 @@ Train a GPT whose layers are optimizer steps. Knobs come from TOML files and --k
 
     python train.py config/demo.toml
     python train.py config/demo.toml --variant=MHA --out_dir=out/mha
-    torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --batch_size=4 --gradient_accumulation_steps=2
+    torchrun --standalone --nproc_per_node=2 train.py config/demo.toml --batch_size=4 --eval_iters=40 \\
+        --gradient_accumulation_steps=2
 
 It reads data/DATASET (see prepare.py) and writes to out_dir: ckpt.pt (the latest state), best.pt (the state of least
 validation loss) and metrics.jsonl (one JSON object per line). Batches and dropout depend only on the seed, the step and
@@ -208,6 +209,9 @@ class Machine:
             raise UserError(f"device={cfg.device} would put all {self.world} processes on one card: take --device=cuda")
         self.device = pick_device(cfg.device, say)
         if self.device == "cuda":
+            if local_rank >= (cards := torch.cuda.device_count()):
+                raise UserError(f"process {local_rank} needs card {local_rank}, and this machine has {cards}: "
+                                f"take --nproc_per_node={cards}, or --device=cpu")  # fmt: skip
             self.device = f"cuda:{local_rank}"
         self.kind = torch.device(self.device).type
         if self.kind == "mps" and cfg.reversible:
@@ -411,7 +415,7 @@ def train(cfg, signals, until_end):
         if evaluating:
             saved = step
             log.restart_clock(step)
-        if stopping and step < cfg.max_iters:
+        if stopping and step < cfg.max_iters and not cfg.eval_only:
             say(f"stopped by a signal after {step} steps: go on with --init_from=resume")
         if stopping or step == cfg.max_iters or cfg.eval_only:
             break

@@ -95,6 +95,21 @@ def test_two_processes_take_the_steps_of_one(data, tmp_path):
         assert other["best_loss"] == pytest.approx(one["best_loss"], rel=1e-5)
 
 
+def test_the_readmes_two_processes_do_what_one_does():
+    """The global batch, and as many windows for the validation loss, as config/demo.toml alone."""
+    (command,) = re.findall(r"torchrun .*train.py (config/demo.toml .*)", (ROOT / "README.md").read_text())
+    one, two = (parse(train.Config, command.split()[:n]) for n in (1, None))
+    for field in ("gradient_accumulation_steps", "eval_iters"):
+        assert getattr(one, field) * one.batch_size == getattr(two, field) * two.batch_size
+
+
+def test_a_stopped_evaluation_promises_no_checkpoint(data, trained, tmp_path, monkeypatch, capsys):
+    """A signal ends an evaluation, which saves nothing that one could resume."""
+    monkeypatch.setattr(train, "evaluate", lambda *_: (1.0, True))
+    train.main(flags(data, tmp_path, init_from=trained / "ckpt.pt", n_embd=32, eval_only=True))
+    assert "resume" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("init_from", ["resume", "ckpt.pt", "scratch"])
 def test_an_evaluation_only_reads(data, trained, tmp_path, capsys, init_from):
     """It says the loss that the weights had, in a folder that cannot be written, and nothing in there changes."""
@@ -357,6 +372,12 @@ def test_released_weights_of_another_function_are_refused(gpt2_folder, change):
         checkpoint.gpt2(str(folder))
 
 
+def test_released_weights_write_no_text_with_an_illegal_choice(gpt2_folder):
+    folder, _ = gpt2_folder()
+    with pytest.raises(UserError, match="n_loop=0 must be at least 1"):
+        sample.main([f"--init_from={folder}", "--n_loop=0", "--start=a"])
+
+
 @needs("tiktoken_cache")
 def test_gpt2_is_fine_tuned_as_another_system(tmp_path, gpt2_folder):
     """The config for it, with a small GPT-2 of random weights: the same loss as GPT-2 at first, and tau leaves 0."""
@@ -530,6 +551,11 @@ def test_a_device_that_cannot_be_used_is_named(data, trained, tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="device=cuda:1 would put all 2 processes on one card"):
         fit(data, tmp_path / "out", device="cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(train, "pick_device", lambda *_: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="needs card 1, and this machine has 1: take --nproc_per_node=1, or --device=cpu"):
+        fit(data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
