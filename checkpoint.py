@@ -40,14 +40,16 @@ class Progress:
         return cls(**{field.name: type(field.default)(state[field.name]) for field in fields(cls)})
 
 
-def save(folder, state, best):
+def save(folder, state, best, before=lambda: None):
     """
     Write state, a dict of tensors and plain values, to folder/ckpt.pt, which is a complete checkpoint at every moment. The
-    one before stays as ckpt_prev.pt. If best, best.pt becomes the same file. Raises UserError if the disk takes no more.
+    one before stays as ckpt_prev.pt. If best, best.pt becomes the same file. before() is called when the new checkpoint is on
+    the disk and not yet in its place. Raises UserError if the disk takes no more.
     """
     latest, previous, best_one = (os.path.join(folder, name) for name in ("ckpt.pt", "ckpt_prev.pt", "best.pt"))
 
     def keep(new):  # now that it is whole and on the disk
+        before()
         if best:
             duplicate(new, best_one)
         if os.path.exists(latest):

@@ -41,21 +41,21 @@ def sha256(path):
 
 
 @contextlib.contextmanager
-def lock(folder, remedy):
+def lock(path, remedy):
     """
-    Lock the folder for this process while the block runs; the system unlocks it when the process ends, however it ends. Raises
-    UserError, with the remedy, if another process holds it.
+    Lock a folder or a file for this process while the block runs; the system unlocks it when the process ends, however it
+    ends. Raises UserError, with the remedy, if another process holds it.
     """
-    with open(os.path.join(folder, "lock"), "a+") as file:
+    with open(os.path.join(path, "lock") if os.path.isdir(path) else f"{path}.lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{folder} is in use by {file.read() or 'another process'}: {remedy}") from None
+            raise UserError(f"{path} is in use by {file.read() or 'another process'}: {remedy}") from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            print(f"{folder}: this file system has no locks, so keep other runs out of it yourself", file=sys.stderr)
+            print(f"{path}: this file system has no locks, so keep other runs out of it yourself", file=sys.stderr)
         file.truncate(0)
         file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()

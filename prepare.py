@@ -272,7 +272,8 @@ def hub(args):
             raise UserError(f"--input has files of several kinds, {', '.join(kinds)}: prepare them under several names")
         name = TABLES[kinds[0]]
     if args.train or args.val:
-        ours = dict.fromkeys(args.train or ["train"], "train") | dict.fromkeys(args.val, "val")
+        validation = args.val or [split for split, use in SPLITS.items() if use == "val"]
+        ours = dict.fromkeys(validation, "val") | dict.fromkeys(args.train or ["train"], "train")
     try:
         data = datasets.load_dataset(os.path.expanduser(name), args.config, data_files=files or None, keep_in_memory=False)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -305,8 +306,8 @@ def hub(args):
         cut = int((1 - (args.val_fraction or 0.1)) * len(text))
         yield [("train", text[:cut], True), ("val", text[cut:], True)]
         return
+    before = 0  # rows in the files before this one
     for split in used:
-        before = 0  # rows in the files before this one
         for file in data[split].cache_files:
             column = texts(file["filename"], args.column)
             size = 1 + BATCH * len(column) // max(1, column.nbytes)
@@ -402,7 +403,7 @@ def encode(tokenizer, dtype, marks, batch):
             tokens.append(end)
         count["held out"] += isinstance(batch, Rows) and batch.every is not None
         count["documents"] += int(marked) + ends
-        count["bytes"] += len(text.encode())
+        count["bytes"] += len(text.encode()) - int(marked) * len(END)
     return {split: (np.concatenate([end[:0], *t], dtype=dtype, casting="unsafe"), count) for split, (t, count) in done.items()}
 
 

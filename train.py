@@ -373,7 +373,6 @@ def train(cfg, signals, until_end):
     resumed_at = saved = run.step or None
 
     def save(best):
-        log.sync()
         run.seconds = log.seconds()
         state = dict(
             model=model.state_dict(),  # of the module that is neither compiled nor wrapped
@@ -387,7 +386,7 @@ def train(cfg, signals, until_end):
             order=ORDER,
             made_with=made_with,
         )
-        checkpoint.save(cfg.out_dir, state, best)
+        checkpoint.save(cfg.out_dir, state, best, log.sync)
 
     def give_up(what):
         log.stopped(what)

@@ -264,7 +264,8 @@ def main(arguments):
             if promise and not (value >= bar / args.margin if sense == ">=" else value <= bar * args.margin):
                 missed.append(f"{what} is {value:.4g}, its bar {promise}")
     print("\n" + markdown(["promise", "here", "bar"], table))
-    records.Records(args.out).add(bench.record(args, "bars", table))
+    with records.Records(args.out) as known:
+        known.add(bench.record(args, "bars", table))
     if missed:
         raise UserError("\n".join(missed))
 

@@ -330,7 +330,7 @@ def taylor(args):
         raise UserError(f"{args.checkpoint} has curvature={model.config.curvature}: train one with --curvature=newton")
     folder = os.path.join(state["config"]["data_dir"], state["config"]["dataset"])
     found = []  # (layers, 3, nh, T) of each sequence
-    for idx in windows(folder, "val", args.sequences, model.config)[0].to(DEVICE):
+    for idx in windows(folder, "val", args.sequences, state)[0].to(DEVICE):
         seen = []
 
         def look(attn, inputs, seen=seen):
@@ -342,7 +342,7 @@ def taylor(args):
             hook.remove()
         found.append(torch.stack(seen))
     found, rows, result = torch.stack(found).mean(0), [], {}
-    for T in [T for T in args.lengths if T <= model.config.block_size]:
+    for T in [T for T in args.lengths if T <= model.config.block_size] or [model.config.block_size]:
         at = found[..., T - T // 8 : T].mean(-1)  # (layers, 3, nh)
         size, negative, negative_1 = at.mean((0, 2)).tolist()
         largest = at[:, 0].max().item()
@@ -376,7 +376,8 @@ def main(arguments):
         raise UserError(f"no variant is named {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
     Records(args.out)  # if it cannot be read, the error comes before the work
     result = dict(steps=steps, lengths=lengths, memory=memory, loss=loss, taylor=taylor)[args.what](args)
-    Records(args.out).add(record(args, args.what, result))  # read again: another command may have added to it
+    with Records(args.out) as records:
+        records.add(record(args, args.what, result))
 
 
 if __name__ == "__main__":

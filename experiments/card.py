@@ -276,8 +276,9 @@ def compare(args, name, steps, seeds, **knobs):
 
 def learning(args):
     steps = args.steps
+    for name in ("learning_short", "learning"):  # an earlier call's: its finished runs would not run again
+        shutil.rmtree(f"out/{name}", ignore_errors=True)
     if not steps:  # a short comparison measures how long a step takes
-        shutil.rmtree("out/learning_short", ignore_errors=True)  # an earlier call's: its finished runs would not run again
         seconds, systems = compare(args, "learning_short", 40, [0], eval_interval=40)
         a_step = max(s["per_step"]["tokens"] / s["runs"][0]["tokens_per_second"] for s in systems.values())
         starting = seconds - 40 * a_step
@@ -334,18 +335,19 @@ def main(arguments):
     parser.add_argument("--learning_rate", type=float, default=6e-3, help="highest rate of the part learning")
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds of the part learning")
     parser.add_argument("--steps", type=int, help="of the part learning; default: as many as the time left allows")
-    parser.add_argument("--out", default="results/gpu", help="folder of the results")
+    parser.add_argument("--out", help="folder of the results; default: results/gpu, for a rehearsal out/rehearsal")
     args = parser.parse_args(arguments)
     if unknown := set(args.parts) - set(PARTS):
         raise UserError(f"{', '.join(unknown)} is none of {', '.join(PARTS)}")
     if DEVICE == "cpu" and not args.rehearse:
         raise UserError(f"torch {torch.__version__} sees no CUDA card: --rehearse does the same at toy size on a CPU")
-    args.end, args.out, args.compile = time.monotonic() + 60 * args.minutes, os.path.abspath(args.out), True
+    args.out = os.path.abspath(args.out or ("out/rehearsal" if args.rehearse else "results/gpu"))
+    args.end, args.compile = time.monotonic() + 60 * args.minutes, True
     args.small, args.learner, args.most_steps = (TOY, TOY_RUN, 60) if args.rehearse else (SMALL, GPT30M, 10**6)
     sizes = GPT124M | (dict(TOY, vocab_size=300, batch_size=2, new_tokens=8) if args.rehearse else {})
     args = argparse.Namespace(**vars(args) | sizes)
-    records = Records(os.path.join(args.out, "card.json"))
-    wrong = [name for name in args.parts or PARTS if not keep(records, name, PARTS[name], args)]
+    with Records(os.path.join(args.out, "card.json")) as records:
+        wrong = [name for name in args.parts or PARTS if not keep(records, name, PARTS[name], args)]
     if wrong:
         raise UserError(f"see above what went wrong in {', '.join(wrong)}")
 

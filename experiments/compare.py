@@ -52,11 +52,22 @@ from model import GPT, GPTConfig
 UNITS = dict(steps="steps", tokens="tokens", seconds="seconds", calls="oracle calls")
 
 
-def count(cfg):
-    """count_parameters() of a run's model."""
-    vocab_size = cfg.vocab_size or read_meta(os.path.join(cfg.data_dir, cfg.dataset))["vocab_size"]
+def meta_of(cfg):
+    """The meta.json of a run's text."""
+    return read_meta(os.path.join(cfg.data_dir, cfg.dataset))
+
+
+def model_of(cfg):
+    """The GPTConfig of a run's model: weights that it starts from bring their own sizes."""
+    meta = meta_of(cfg)
+    config = train.model_config(cfg, vocab_size=cfg.vocab_size or meta["vocab_size"])
+    return config if cfg.init_from == "scratch" else checkpoint.donated(cfg, config, meta["tokenizer"])[0]
+
+
+def count(config):
+    """count_parameters() of a GPTConfig's model."""
     with torch.device("meta"):
-        return GPT(train.model_config(cfg, vocab_size=vocab_size)).count_parameters()
+        return GPT(config).count_parameters()
 
 
 def matched(cfg, other):
@@ -64,10 +75,10 @@ def matched(cfg, other):
     The n_embd that brings cfg's number of parameters nearest to other's. Heads whose width is a multiple of 8 are fast: if an
     n_embd with such heads comes within 1%, only these count; otherwise all that n_head (and llama's pairs) allow.
     """
-    n = sum(count(other).values())
+    n = sum(count(model_of(other)).values())
 
     def size(width):
-        return sum(count(replace(cfg, n_embd=width)).values())
+        return sum(count(model_of(replace(cfg, n_embd=width))).values())
 
     def nearest(step):
         widths = range(step, max(2 * step, 16 * other.n_embd), step)
@@ -96,8 +107,9 @@ def identity(cfg, data):
 
 def progress(folder, cfg):
     """
-    The steps of just this run that folder's checkpoint has; None if there is none, or if it is of another run. A knob that an
-    older train.py did not have counts as what that version did. If the run was resumed, init_from counts as asked for.
+    The steps of just this run that folder's checkpoint has; None if there is none, or if it is of another run, also one on
+    other text. A knob that an older train.py did not have counts as what that version did. If the run was resumed, init_from
+    counts as asked for.
     """
     path = os.path.join(folder, "ckpt.pt")
     if not os.path.exists(path):
@@ -107,13 +119,13 @@ def progress(folder, cfg):
     there = asdict(train.Config(variant=cfg.variant)) | meant | state["config"]
     if there["init_from"] == "resume":
         there["init_from"] = cfg.init_from
-    return state["step"] if there == asdict(cfg) else None
+    return state["step"] if there == asdict(cfg) and state.get("data") == fingerprint(meta_of(cfg)) else None
 
 
 def diverged(folder):
     """Whether train.py gave the run up because its loss wasn't finite, or on a spike."""
     path = os.path.join(folder, "metrics.jsonl")
-    return os.path.exists(path) and "stopped" in read_metrics(path)[-1]
+    return os.path.exists(path) and "stopped" in (read_metrics(path) or [{}])[-1]
 
 
 def run(command, folder, threads):
@@ -200,7 +212,7 @@ def outcomes(commands, known, jobs):
     same = {}
     for folder, command in commands.items():
         cfg = parse(train.Config, command)
-        wanted = identity(cfg, fingerprint(read_meta(os.path.join(cfg.data_dir, cfg.dataset))))
+        wanted = identity(cfg, fingerprint(meta_of(cfg)))
         defaults = asdict(train.Config(variant=cfg.variant))  # for a knob that is newer than the table
         if found := [run for run in known if wanted.items() <= (defaults | run["config"]).items()]:
             same[folder] = found[0]
@@ -377,8 +389,7 @@ def per_step(command, tokens_per_second):
     """What a step of a system's command costs, in each of UNITS."""
     cfg = parse(train.Config, command)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    calls = oracle_calls(train.model_config(cfg, vocab_size=1))  # their number depends on no vocabulary
-    return dict(steps=1, tokens=tokens, seconds=tokens / tokens_per_second, calls=calls)
+    return dict(steps=1, tokens=tokens, seconds=tokens / tokens_per_second, calls=oracle_calls(model_of(cfg)))
 
 
 def budgeted(command, value, unit, tokens_per_second):
@@ -465,8 +476,12 @@ def main(arguments):
     if args.learning_rates and args.tuning_seed in args.seeds:
         raise UserError(f"--tuning_seed {args.tuning_seed} is one of --seeds: the reported seeds must not choose the rates")
     commands = {system: command_of(system, [args.config, *shared]) for system in args.systems}
-    if len({cfg.eval_iters * cfg.batch_size for cfg in (parse(train.Config, command) for command in commands.values())}) > 1:
-        raise UserError("the systems evaluate on different windows: let eval_iters * batch_size be the same for all")
+    cfgs = [parse(train.Config, command) for command in commands.values()]
+    if len({(cfg.eval_iters * cfg.batch_size, cfg.block_size, fingerprint(meta_of(cfg))) for cfg in cfgs}) > 1:
+        same = "eval_iters * batch_size, block_size and the text"
+        raise UserError(f"the systems evaluate on different windows: let {same} be the same for all")
+    if value is None and len({cfg.max_iters for cfg in cfgs}) > 1:
+        raise UserError("the systems have different budgets: let max_iters be the same for all, or give --steps or --tokens")
     for command, rate in itertools.product(commands.values(), args.learning_rates or []):  # a wrong rate is an error at once
         parse(train.Config, with_rate(command, rate))
     known = [run for path in args.reuse for run in read_runs(path)]
@@ -509,7 +524,7 @@ def main(arguments):
         tuning_seed=args.tuning_seed,
         tuning_share=args.tuning_share,
         budget=(unit, value or first.max_iters),
-        config=asdict(first),
+        config=asdict(first) | {size: getattr(model_of(first), size) for size in ("n_layer", "n_embd")},
         systems=systems,
     )
     result = os.path.join(args.out, args.name)

@@ -27,11 +27,11 @@ from model import Scalar, causal
 HEADS, POSITIONS = 4, 64  # of the attention weights, as many as stay readable
 
 
-def read(folder, split, sequences, config):
-    """Evenly spaced windows of the split, (sequences, block_size). Raises UserError."""
+def read(folder, split, sequences, state):
+    """Evenly spaced windows of the split, (sequences, block_size), for the model of a checkpoint. Raises UserError."""
     if sequences < 1:
         raise UserError(f"--sequences {sequences} must be at least 1")
-    return windows(folder, split, sequences, config)[0]
+    return windows(folder, split, sequences, state)[0]
 
 
 def log_sum_exp(E, temperature):
@@ -198,7 +198,7 @@ def main(arguments):
 
     model, state = checkpoint.load_model(os.path.join(args.out_dir, args.ckpt))
     folder = os.path.join(args.data_dir or state["config"]["data_dir"], state["config"]["dataset"])
-    found = energies(model, read(folder, args.split, args.sequences, model.config))
+    found = energies(model, read(folder, args.split, args.sequences, state))
     print(table(found))
     fig = draw(found, scalars(model), model.config, f"{model.config.variant} after {state['step']:,} steps")
     save(fig, args.out)

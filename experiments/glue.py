@@ -240,7 +240,7 @@ def main(arguments):
                 record = records.add(system | unit | made_with | found)
                 print(f"{folder} {task} {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["scores"].items()))
             rows.setdefault(name, {}).setdefault(task, []).append(record["scores"])
-            cut[task] = record["cut"]
+            cut.setdefault(task, []).append(record["cut"])
             shown.append(record)
 
     text = "\n".join([
@@ -249,8 +249,8 @@ def main(arguments):
         f"seeds {', '.join(map(str, args.seeds))}. {args.epochs} epochs of "
         + (f"at most {args.limit:,}" if args.limit else "all")
         + f" training examples, {args.batch_size} per step, learning rate {args.learning_rate:g}, weight decay "
-        f"{args.weight_decay:g}, dropout {args.dropout:g}. Training examples cut to the context: "
-        + ", ".join(f"{task} {share:.1%}" for task, share in cut.items())
+        f"{args.weight_decay:g}, dropout {args.dropout:g}. Share of the training split cut to the context: "
+        + ", ".join(f"{task} " + " to ".join(dict.fromkeys(f"{f(of):.1%}" for f in (min, max))) for task, of in cut.items())
         + f". Made on {made(shown)}.\n",
         table(rows, args.tasks),
     ])  # fmt: skip

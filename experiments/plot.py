@@ -27,7 +27,7 @@ def read_metrics(path):
     path = os.path.join(path, "metrics.jsonl") if os.path.isdir(path) else path
     try:
         with open(path) as file:
-            return [json.loads(line) for line in file]
+            return [json.loads(line) for line in file if line.endswith("\n")]  # a full disk cuts the last one short
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; give the out_dir of a run of train.py, or LABEL=out_dir"

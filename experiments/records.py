@@ -1,43 +1,55 @@
 """What experiments share: windows of text, finished work as JSON, so that none is done twice, and numbers with their spread."""
 
+import contextlib
 import json
 import math
 import os
 import statistics
+import sys
 
 import torch
 
-from data import Split, read_meta
-from files import replacing
+from data import Split, fingerprint, read_meta
+from files import lock, replacing
 from guard import UserError
 
 
-def windows(folder, split, count, config):
+def windows(folder, split, count, state):
     """
-    Inputs and targets of at most count evenly spaced windows of a data set's split, (count, block_size) each, the same for
-    all models of one block_size. Raises UserError.
+    Inputs and targets of at most count evenly spaced windows of a data set's split, (count, block_size) each, for the model of
+    the checkpoint `state`. They are the same for all models of one block_size. Raises UserError.
     """
-    if (vocab_size := read_meta(folder)["vocab_size"]) > config.vocab_size:
-        raise UserError(f"{folder} has a vocabulary of {vocab_size}, the model one of {config.vocab_size}: change --data_dir")
-    text = Split(folder, split, config.block_size)
+    meta, theirs = read_meta(folder), state["tokenizer"]
+    if meta["tokenizer"] != theirs:
+        raise UserError(f"{folder} has the tokenizer {meta['tokenizer']}, the checkpoint has {theirs}: change --data_dir")
+    if meta["vocab_size"] > (size := state["model_config"]["vocab_size"]):
+        raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']}, the model one of {size}: change --data_dir")
+    if state.get("data") not in (None, fingerprint(meta)):
+        print(f"{folder} is not the text that the checkpoint was trained on", file=sys.stderr)
+    text = Split(folder, split, state["model_config"]["block_size"])
     return tuple(map(torch.from_numpy, text.windows(text.fixed(count))))
 
 
 class Records:
-    """A list of finished work, dicts, kept as JSON at path. Raises UserError if there is a file that is no such list."""
+    """
+    A list of finished work, dicts, kept as JSON at path. Add to it in a with statement, which keeps other processes from
+    adding: each writes the whole list. Raises UserError if there is a file that is no such list, or if another process adds.
+    """
 
     def __init__(self, path):
-        self.path, self.all = path, []
-        if os.path.exists(path):
-            try:
-                with open(path) as file:
-                    self.all = json.load(file)
-                if not isinstance(self.all, list):
-                    raise ValueError
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{path} is not a JSON of this command ({type(error).__name__}): choose another --out"
-                ) from None
+        self.path, self.all, self.held = path, read(path), contextlib.ExitStack()
+
+    def __enter__(self):
+        try:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            self.held.enter_context(lock(self.path, "wait for its end, or choose another --out"))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; choose another --out") from None
+        self.all = read(self.path)  # the other process may have added since
+        return self
+
+    def __exit__(self, *error):
+        self.held.close()
 
     def find(self, identity):
         """The record that has all of these items, or None."""
@@ -56,6 +68,20 @@ class Records:
     def find_or(self, identity, compute):
         """The record that has all of these items or, if there is none, a new one of them and of what compute() returns."""
         return self.find(identity) or self.add(identity | compute())
+
+
+def read(path):
+    """The list in the JSON at path; empty if there is none."""
+    try:
+        with open(path) as file:
+            found = json.load(file)
+        if not isinstance(found, list):
+            raise ValueError
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a JSON of this command ({type(error).__name__}): choose another --out") from None
+    return found
 
 
 def write(path, text):

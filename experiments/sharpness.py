@@ -22,6 +22,7 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 import checkpoint
+from data import fingerprint, read_meta
 from device import pick_device
 from experiments.arguments import parser_with
 from experiments.records import Records, made, markdown, mean_sd, windows, write
@@ -90,14 +91,10 @@ def largest_eigenvalue(product, like, iterations, generator):
     return estimates
 
 
-def measure(path, args, device, step):
-    """The numbers of one checkpoint, a dict; it calls step() before each product."""
-    model, state = checkpoint.load_model(path, device)
-    if "config" not in state:
-        raise UserError(f"{path} does not say what it was trained on: take a checkpoint of train.py")
-    cfg = state["config"]
-    folder, count = os.path.join(args.data_dir or cfg["data_dir"], cfg["dataset"]), args.batches * args.batch_size
-    xy = [t.to(device).split(args.batch_size) for t in windows(folder, args.split, count, model.config)]
+def measure(model, state, folder, args, device, step):
+    """The numbers of one checkpoint on the text in folder, a dict; it calls step() before each product."""
+    cfg, count = state["config"], args.batches * args.batch_size
+    xy = [t.to(device).split(args.batch_size) for t in windows(folder, args.split, count, state)]
     batches = list(zip(*xy, strict=True))
     like = parameters_to_vector(model.parameters()).detach()
     generator = torch.Generator().manual_seed(args.seed)
@@ -174,16 +171,19 @@ def main(arguments):
             raise UserError(f"--{name} {getattr(args, name)} must be at least {least}")
     device = pick_device(args.device)
 
-    known, records = Records(f"{args.out}.json"), []
-    with tqdm(total=len(args.runs) * (args.probes + args.iterations), unit="product", disable=None) as bar:
+    records, products = [], len(args.runs) * (args.probes + args.iterations)
+    with Records(f"{args.out}.json") as known, tqdm(total=products, unit="product", disable=None) as bar:
         for run in args.runs:
             path = os.path.join(run, args.ckpt)
+            model, state = checkpoint.load_model(path, device)
+            if "config" not in state:
+                raise UserError(f"{path} does not say what it was trained on: take a checkpoint of train.py")
+            folder = os.path.join(args.data_dir or state["config"]["data_dir"], state["config"]["dataset"])
             settings = ("ckpt", "batches", "batch_size", "probes", "iterations", "seed", "split")
-            identity = dict(run=run) | {k: getattr(args, k) for k in settings}
-            if os.path.exists(path):  # otherwise measure() says what to do
-                identity |= dict(sha256=sha256(path))
-            before = bar.n
-            records.append(known.find_or(identity, lambda path=path: measure(path, args, device, bar.update)))
+            identity = dict(run=run, sha256=sha256(path), data=fingerprint(read_meta(folder)))
+            identity |= {k: getattr(args, k) for k in settings}
+            before, about = bar.n, (model, state, folder)
+            records.append(known.find_or(identity, lambda about=about: measure(*about, args, device, bar.update)))
             bar.update(before + args.probes + args.iterations - bar.n)  # a record that was found counts as done
     text = table(records, args)
     write(f"{args.out}.md", text)

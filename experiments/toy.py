@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import parse
-from data import Split
+from data import Split, fingerprint, read_meta
 from device import pick_device
 from experiments.arguments import parser_with
 from experiments.plot import plt, save
@@ -48,7 +48,7 @@ END, EQUALS, ZERO, NINE = 256, *b"=09"
 class Regression:
     """In-context linear regression. Tokens are vectors: (x, 0) and (0, y); linear maps replace the token tables."""
 
-    title, loss, name = "in-context regression", "mean squared error", "regression"
+    title, loss, name, text = "in-context regression", "mean squared error", "regression", {}
     known = "the posterior mean"
     D, EXAMPLES = 2, 8  # dimension of x, pairs (x, y) in a sequence
 
@@ -158,7 +158,7 @@ class LIS:
         self.device, self.folder = device, os.path.join(data_dir, "lis")
         validation = Split(self.folder, "val", BLOCK_SIZE)
         self.held_out = self.tensors(validation.windows(validation.fixed(16 * WINDOWS)))
-        self.training, self.reference = {}, None
+        self.training, self.reference, self.text = {}, None, dict(data=fingerprint(read_meta(self.folder)))
 
     def tensors(self, arrays):
         return [torch.from_numpy(t).to(self.device) for t in arrays]
@@ -324,17 +324,17 @@ def main(arguments):
     configs = {(system, seed): configure(system, args, seed) for system in args.systems for seed in args.seeds}
     problems = [PROBLEMS[name](args.data_dir, device) for name in args.problems]
 
-    known = Records(f"{args.out}.json")
     results = {problem.name: {system: [] for system in args.systems} for problem in problems}
     work = [(problem, *key) for key in configs for problem in problems]
-    for problem, system, seed in tqdm(work, unit="run", disable=None):
-        cfg = configs[system, seed]
-        identity = dict(problem=problem.name, system=system, seed=seed, mlp=not args.no_mlp, config=asdict(cfg))
-        record = known.find_or(
-            identity,
-            lambda problem=problem, cfg=cfg: checkpoint.made_with(device) | train(problem, cfg, args, device),
-        )
-        results[problem.name][system].append(record)
+    with Records(f"{args.out}.json") as known:
+        for problem, system, seed in tqdm(work, unit="run", disable=None):
+            cfg = configs[system, seed]
+            identity = dict(problem=problem.name, system=system, seed=seed, mlp=not args.no_mlp, config=asdict(cfg))
+            record = known.find_or(
+                identity | problem.text,
+                lambda problem=problem, cfg=cfg: checkpoint.made_with(device) | train(problem, cfg, args, device),
+            )
+            results[problem.name][system].append(record)
 
     seeds = ", ".join(map(str, args.seeds))
     title = f"mean and range of seeds {seeds}; 4 layers, width {args.n_embd}" + ", no MLPs" * args.no_mlp

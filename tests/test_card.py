@@ -42,6 +42,10 @@ def test_what_is_kept_of_a_part_that_fails(tmp_path, monkeypatch, capsys):
     failed, fine = (table["rows"] for table in json.loads((tmp_path / "card.json").read_text()))
     assert failed == dict(one=dict(right=True), error=dict(right=False, error="no memory")) and fine["two"]["speed"] == 1.5
     assert "no memory" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="went wrong in failing$"):
+        card.main(["--rehearse"])
+    assert (tmp_path / "out" / "rehearsal" / "card.json").exists()  # not among the results of a card
 
 
 def test_what_is_refused(tmp_path):

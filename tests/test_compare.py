@@ -14,7 +14,8 @@ import torch
 import checkpoint
 import train
 from configurator import parse
-from conftest import TINY
+from conftest import TINY, save_run, save_tokens, tiny
+from data import fingerprint, read_meta
 from experiments import compare
 from guard import UserError
 from model import GPT, GPTConfig
@@ -131,8 +132,10 @@ def test_match_is_the_nearest_of_all_widths(other, backbone, even, flags):
 def test_which_runs_are_finished(flags, tmp_path):
     cfg = parse(train.Config, [*flags, "--variant=NagMHA", "--seed=3", "--out_dir=here"])
 
-    def progress(stored, asked=cfg, step=7):
-        rest = dict(model={}, model_config={}, tokenizer="bytes")
+    squares = fingerprint(read_meta(f"{cfg.data_dir}/{cfg.dataset}"))
+
+    def progress(stored, asked=cfg, step=7, text=squares):
+        rest = dict(model={}, model_config={}, tokenizer="bytes", data=text)
         checkpoint.save(tmp_path, rest | dict(config=stored, step=step), best=False)
         return compare.progress(tmp_path, asked)
 
@@ -141,6 +144,7 @@ def test_which_runs_are_finished(flags, tmp_path):
     assert progress(stored) == 7 and progress(stored, step=12) == 12
     for other in (dict(seed=4), dict(out_dir="there"), dict(max_iters=24), dict(beta=0.8), dict(init_from="x.pt")):
         assert progress(stored | other) is None
+    assert progress(stored, text="other") is None  # the data set was prepared again, from another text
     # an older train.py, which had no such knobs: it did what their defaults do
     old = {k: v for k, v in stored.items() if k not in ("grad_clip", "delta", "beta")}
     assert progress(old) == 7
@@ -291,7 +295,7 @@ def test_budget_of_seconds(flags, here):
     assert "seconds to MHA's loss" in table
 
 
-def test_what_is_refused(flags):
+def test_what_is_refused(flags, tmp_path):
     def refused(*words):
         with pytest.raises(UserError) as error:
             compare.main(["x", "--config=empty.toml", *words, "--", *flags])
@@ -306,6 +310,32 @@ def test_what_is_refused(flags):
     assert "--tuning_share 25 must lie above 0" in refused("--systems", "MHA", "--tuning_share", "25")
     assert "--seeds 3 3: a seed that comes twice" in refused("--systems", "MHA", "--seeds", "3", "3")
     assert "--tuning_seed 2 is one of --seeds" in refused("--systems", "MHA", "--learning_rates", "1", "--tuning_seed", "2")
+    assert "no finished data set" in refused("--systems", "MHA", "MHA --dataset=other")
+    (tmp_path / "other").mkdir()
+    save_tokens(tmp_path / "other", train=500, val=500)
+    for other in ("--eval_iters=9", "--block_size=8", f"--dataset=other --data_dir={tmp_path}"):
+        assert "evaluate on different windows" in refused("--systems", "MHA", f"MHA {other}")
+    assert "different budgets: let max_iters be the same" in refused("--systems", "MHA", "MHA --max_iters=6")
+
+
+def test_weights_bring_their_own_sizes(flags, here, tmp_path):
+    """The table states the sizes and the oracle calls of the models that ran, not those of the configuration."""
+    save_run(tmp_path, tiny("MHA", n_layer=3, block_size=32))
+    compare.main(["w", "--config=empty.toml", "--untimed", "--seeds", "1", "--systems", "MHA",
+                  "--", *[flag for flag in flags if "n_" not in flag], "--init_from=ckpt.pt"])  # fmt: skip
+    data, table = result("w")
+    assert "\n3 layers, width 16," in table and data["systems"]["MHA"]["per_step"]["calls"] == 6
+
+
+def test_a_line_that_a_full_disk_cut_short(tmp_path):
+    """A run that has one goes on: it did not diverge, and its curve ends before it."""
+    assert not compare.diverged(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not compare.diverged(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 4, "stopp')
+    assert not compare.diverged(tmp_path) and compare.read_metrics(tmp_path) == [{"step": 0}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 4, "stopped": "nan"}\n')
+    assert compare.diverged(tmp_path)
 
 
 @pytest.mark.slow
@@ -316,8 +346,8 @@ def test_compare(flags, monkeypatch):
     train.main([*seed_2, "--out_dir=whole"])
     save = checkpoint.save
 
-    def save_and_stop(folder, state, best):
-        save(folder, state, best)
+    def save_and_stop(folder, state, *rest):
+        save(folder, state, *rest)
         if state["step"] == 6:
             raise KeyboardInterrupt
 
@@ -357,7 +387,7 @@ def test_compare(flags, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_fails_says_where_to_look(flags):
     with pytest.raises(UserError, match=r"see out/x/MHA-timed.log: python train.py empty.toml"):
-        compare.main(["x", "--config=empty.toml", "--systems", "MHA", "--seeds", "1", "--", *flags, "--dataset=missing"])
+        compare.main(["x", "--config=empty.toml", "--systems", "MHA", "--seeds", "1", "--", *flags, "--init_from=none.pt"])
 
 
 def test_a_run_that_was_stopped_is_not_finished(flags, monkeypatch):

@@ -213,6 +213,7 @@ def test_end_of_text_in_a_file_ends_a_document(here, tmp_path):
     folder = here("mine", "--input", tmp_path)
     assert documents(folder, "train") == ["one\n", "\ntwo\n"] and documents(folder, "val") == ["three\n", "\nfour\n"]
     assert read_meta(folder)["documents"] == dict(train=2, val=2)
+    assert read_meta(folder)["bytes"] == dict(train=9, val=12)  # the marks are no text: bits per byte would be too low
     folder = here("raw", "--raw", "--input", tmp_path)
     assert documents(folder, "train") == ["one\n<|endoftext|>\ntwo\n<|endoftext|>\n"]
 
@@ -478,6 +479,12 @@ def test_splits_of_other_names_and_columns_of_other_kinds(here, tmp_path, monkey
     here("owner/chat", *knobs, "--val", "held")
     assert [t.split()[0] for t in documents(tmp_path / "chat", "train")] == ["sft"] * 3 + ["more"] * 3
     assert [t.split()[0] for t in documents(tmp_path / "chat", "val")] == ["held"] * 3
+    here("owner/two", *knobs)  # no split for validation: one document of all is held out
+    assert [len(documents(tmp_path / "two", split)) for split in ("train", "val")] == [5, 1]
+    (held,) = (tmp_path / "copy" / "data").glob("held*")
+    held.rename(held.with_name(held.name.replace("held", "validation")))
+    here("owner/three", *knobs)  # --train leaves the usual split for validation where it is
+    assert [t.split()[0] for t in documents(tmp_path / "three", "val")] == ["held"] * 3
     with pytest.raises(UserError, match="has the splits .*: choose with --train and --val"):
         here("owner/none", "--source", tmp_path / "copy", "--tokenizer=bytes")
     with pytest.raises(UserError, match="no text column parts in its split .*; its text columns: text; choose with --column"):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from conftest import save_run, save_tokens, tiny
-from data import Split
+from data import Split, fingerprint, read_meta
 from experiments import energy
 from guard import UserError
 from test_model import by_query, cem_energy, huber_energy, inner_product_energy, tokens
@@ -48,6 +48,15 @@ def test_the_table_is_what_the_model_computes(run, capsys, variant, layers, name
         else:
             assert float(entropy) == pytest.approx(expected["entropy"][layer].mean().item(), abs=1e-4)
     assert names <= set(energy.scalars(model))
+
+
+def test_other_text_is_named(run, capsys):
+    folder, model = run("MHA")
+    where = dict(data_dir=str(folder.parent), dataset=folder.name)
+    for text, named in ((fingerprint(read_meta(folder)), False), ("other", True)):
+        save_run(folder, model, config=where, data=text)
+        energy.main([str(folder), "--out", str(folder / "energy.png")])
+        assert ("is not the text that the checkpoint was trained on" in capsys.readouterr().err) == named
 
 
 def test_what_does_not_fit_is_said(run):

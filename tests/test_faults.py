@@ -145,11 +145,28 @@ def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
 
 def test_metrics_are_on_the_disk_before_the_checkpoint(data, tmp_path, monkeypatch):
     """So that after a power cut they reach as far as the run that is resumed."""
-    calls, fsync, save = [], os.fsync, checkpoint.save
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append(getattr(file, "name", "")) or fsync(file))
-    monkeypatch.setattr(checkpoint, "save", lambda *args: calls.append("save") or save(*args))
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.path.basename(getattr(file, "name", ""))) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(f"to {os.path.basename(b)}") or replace(a, b))
     fit(data, tmp_path, max_iters=2)
-    assert [calls[i - 1] for i, call in enumerate(calls) if call == "save"] == [str(tmp_path / "metrics.jsonl")] * 2
+    saves = [i for i, call in enumerate(calls) if call == "to ckpt.pt"]
+    assert len(saves) == 2
+    for start, end in zip((0, saves[0]), saves, strict=True):
+        assert "metrics.jsonl" in calls[start:end]
+
+
+def test_the_metrics_of_a_run_stay_until_another_has_its_first_checkpoint(data, tmp_path):
+    """Also if the disk takes no checkpoint."""
+    fit(data, tmp_path, **STEPS | dict(max_iters=8))
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "lock"}
+    limit = (tmp_path / "ckpt.pt").stat().st_size // 8  # too little for the weights, enough for the metrics
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(UserError, match="cannot write .*ckpt.pt"):
+            fit(data, tmp_path, **STEPS | dict(max_iters=8, seed=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert kept == {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "lock"}
 
 
 def test_killed_while_a_checkpoint_is_written(data, whole, tmp_path):

@@ -170,6 +170,10 @@ def test_a_checkpoint_is_measured_once(run, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert measure(b, a, *few, out=tmp_path / "s") == both
     assert [row[0] for row in rows(capsys.readouterr().out)[1:]] == [str(b), str(a)]
+    (tmp_path / "other" / "text").mkdir(parents=True)
+    save_tokens(tmp_path / "other" / "text", VOCAB, val=200, train=200)
+    with pytest.raises(TypeError):  # other text
+        measure(a, *few, "--data_dir", tmp_path / "other", out=tmp_path / "s")
     checkpoint.save(a, checkpoint.load(b / "ckpt.pt"), best=False)  # another checkpoint at its place
     with pytest.raises(TypeError):
         measure(a, *few, out=tmp_path / "s")
@@ -191,6 +195,9 @@ def test_what_does_not_fit_is_said(run, tmp_path):
     other = run("other", vocab_size=VOCAB - 1)
     with pytest.raises(UserError, match=f"vocabulary of {VOCAB}, the model one of {VOCAB - 1}"):
         measure(other, out=tmp_path / "s")
+    checkpoint.save(a, state | dict(tokenizer="gpt2"), best=False)
+    with pytest.raises(UserError, match="has the tokenizer bytes, the checkpoint has gpt2: change --data_dir"):
+        measure(a, out=tmp_path / "s")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="choose another --out"):
         measure(a, out=tmp_path / "broken")

@@ -203,6 +203,16 @@ def test_runs_are_kept_and_tabulated(data, tmp_path, monkeypatch, capsys):
     assert run("MomenMHA --beta=0.8", "MHA")[0] == both
 
 
+def test_runs_on_other_text_are_other_runs(data, tmp_path):
+    prepare.main(["lis", "--documents", "2000", "--seed", "5", "--out", str(tmp_path)])
+    assert toy.LIS(data, "cpu").text != toy.LIS(tmp_path, "cpu").text
+    command = ["--problems", "lis", "--systems", "MHA", "--seeds", "1", "--steps", "10", "--out", str(tmp_path / "toy")]
+    for folder in (data, tmp_path, data):
+        toy.main([*command, "--data_dir", str(folder)])
+    one, two = json.loads((tmp_path / "toy.json").read_text())
+    assert one["evaluations"] != two["evaluations"]
+
+
 def test_what_does_not_fit_is_said(data, tmp_path):
     for flags, message in (
         (["--steps", "9"], "--steps 9 must be at least 10"),
