@@ -247,26 +247,26 @@ def main(arguments):
     about_text = dict(limit=None, num_fewshot=0)
     questions = [dict(task=path, data=hashlib.sha256(t.encode()).hexdigest()) | about_text for path, t in texts.items()]
 
-    device = pick_device(args.device)
-    records, asked = Records(args.out), []
-    for record in records.all:
-        record.setdefault("num_fewshot", 0)  # an older version knew no other number
-    asked_before = {r["task"] for r in records.all}  # these names exist: no need to look through all tasks, for ten seconds
-    tasks = [task for name in tasks for task in ([name] if name in asked_before else tasks_of(name))]
-    questions += [dict(task=name, data=args.data, limit=args.limit, num_fewshot=args.num_fewshot) for name in tasks]
-    for out_dir in args.out_dirs:
-        path = os.path.join(out_dir, args.ckpt)
-        model, state = checkpoint.load_model(path, device)
-        lm = Adapter(model, get_tokenizer(state["tokenizer"]), args.batch_size)
-        about = dict(checkpoint=path, sha256=sha256(path), system=model.config.variant, step=state["step"])
-        for question in questions:
+    device, asked = pick_device(args.device), []
+    with Records(args.out) as records:
+        for record in records.all:
+            record.setdefault("num_fewshot", 0)  # an older version knew no other number
+        asked_before = {r["task"] for r in records.all}  # these names exist: no need to look through all tasks, for ten seconds
+        tasks = [task for name in tasks for task in ([name] if name in asked_before else tasks_of(name))]
+        questions += [dict(task=name, data=args.data, limit=args.limit, num_fewshot=args.num_fewshot) for name in tasks]
+        for out_dir in args.out_dirs:
+            path = os.path.join(out_dir, args.ckpt)
+            model, state = checkpoint.load_model(path, device)
+            lm = Adapter(model, get_tokenizer(state["tokenizer"]), args.batch_size)
+            about = dict(checkpoint=path, sha256=sha256(path), system=model.config.variant, step=state["step"])
+            for question in questions:
 
-            def answer(lm=lm, question=question):
-                start, task = time.time(), question["task"]
-                found = evaluate_text(lm, texts[task]) if task in texts else evaluate_task(lm, **question)
-                return found | checkpoint.made_with(device) | dict(lm_eval=lm_eval.__version__, seconds=time.time() - start)
+                def answer(lm=lm, question=question):
+                    start, task = time.time(), question["task"]
+                    found = evaluate_text(lm, texts[task]) if task in texts else evaluate_task(lm, **question)
+                    return found | checkpoint.made_with(device) | dict(lm_eval=lm_eval.__version__, seconds=time.time() - start)
 
-            asked.append(records.find_or(about | question, answer))
+                asked.append(records.find_or(about | question, answer))
     print(table(asked))
 
 

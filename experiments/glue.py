@@ -227,21 +227,22 @@ def main(arguments):
 
     rows, cut = {"majority class": {task: [chance(task, *splits[task])] for task in args.tasks}}, {}
     shown = []
-    for (task, data), (folder, system) in itertools.product(splits.items(), systems.items()):
-        name, encoded = f"`{folder}`, {system['variant']}, {system['step']:,} steps", None
-        for seed in args.seeds:
-            unit = dict(sha256=system["sha256"], task=task, seed=seed, settings=settings)
-            record = records.find(unit)
-            if record is None:
-                model, _ = checkpoint.load_model(os.path.join(folder, args.ckpt), device, dropout=args.dropout)
-                tokenizer = get_tokenizer(system["tokenizer"])
-                encoded = encoded or [encode(split, tokenizer, model.config.block_size) for split in data]
-                found = run(model, task, *encoded, settings, seed, f"{folder} {task} {seed}")
-                record = records.add(system | unit | made_with | found)
-                print(f"{folder} {task} {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["scores"].items()))
-            rows.setdefault(name, {}).setdefault(task, []).append(record["scores"])
-            cut.setdefault(task, []).append(record["cut"])
-            shown.append(record)
+    with records:
+        for (task, data), (folder, system) in itertools.product(splits.items(), systems.items()):
+            name, encoded = f"`{folder}`, {system['variant']}, {system['step']:,} steps", None
+            for seed in args.seeds:
+                unit = dict(sha256=system["sha256"], task=task, seed=seed, settings=settings)
+                record = records.find(unit)
+                if record is None:
+                    model, _ = checkpoint.load_model(os.path.join(folder, args.ckpt), device, dropout=args.dropout)
+                    tokenizer = get_tokenizer(system["tokenizer"])
+                    encoded = encoded or [encode(split, tokenizer, model.config.block_size) for split in data]
+                    found = run(model, task, *encoded, settings, seed, f"{folder} {task} {seed}")
+                    record = records.add(system | unit | made_with | found)
+                    print(f"{folder} {task} {seed}: " + ", ".join(f"{k} {v:.1f}" for k, v in record["scores"].items()))
+                rows.setdefault(name, {}).setdefault(task, []).append(record["scores"])
+                cut.setdefault(task, []).append(record["cut"])
+                shown.append(record)
 
     text = "\n".join([
         f"`python -m experiments.glue {shlex.join(arguments)}`\n",
