@@ -273,8 +273,9 @@ def surgery(config, donor, weights):
         return [choice for choice, value in donor.items() if choice not in free and getattr(config, choice) != value]
 
     try:
-        if not differs("n_loop"):
-            return replace(config, **sizes), weights
+        both = {*config.learned.split()} & {*donor.get("learned", "").split()}  # the weights hold these numbers
+        if not differs("n_loop", *both):
+            return replace(config, **sizes, **{name: donor[name] for name in both}), weights
         if (donor["momentum"], donor["curvature"], donor["velocity_init"]) != ("none", "none", "zero"):
             raise UserError(
                 f"a checkpoint of {donor['variant']} cannot become {config.variant} (they differ in {', '.join(differs())}): "

@@ -199,7 +199,7 @@ def linear_attention(q, k, v, log_a, S=None, chunk=64):
     It takes matrix products within a chunk of tokens, and hands S on from chunk to chunk: O(T hs (hs + chunk)) in time.
     log_a: (B, nh, T), float32, <= 0. S: (B, nh, hs, hs), float32, after the tokens before q, or None. Returns o and the last S.
     """
-    if q.dtype == torch.float16:  # cannot hold a sum over many keys
+    if torch.float16 in (q.dtype, v.dtype):  # cannot hold a sum over many keys; on CUDA qk_norm makes q and k float32
         with torch.autocast(q.device.type, enabled=False):
             return linear_attention(q.float(), k.float(), v.float(), log_a, S, chunk)
     T, chunk = q.size(2), min(chunk, q.size(2))
@@ -607,12 +607,14 @@ class Adam(Momentum):
 class Dense(nn.Module):
     """
     x <- x + sum_{m<=l} w_lm g_m    control for MomenMHA, derived: its implicit skip connections as a learned lower triangular
-    table w, started at eta beta^(l-m). v is the tuple of all directions so far.
+    table w, started at eta gamma_m beta^(l-m), where gamma_m is 1/2 for what strang asks twice. v: all directions so far.
     """
 
     def __init__(self, config, n_oracles, before, weight):
         super().__init__()
-        self.w = Scalar(weight * config.eta * config.beta ** torch.arange(before, -1, -1.0))
+        asked = [what for what in SPLITTINGS[config.splitting] if what in MOVED[config.momentum_on]]
+        gamma = torch.tensor([1 / asked.count(what) for what in asked]).repeat(config.n_layer)[: before + 1]
+        self.w = Scalar(config.eta * gamma * config.beta ** torch.arange(before, -1, -1.0))
 
     def forward(self, x, v, *oracles):
         v = (*(v if isinstance(v, tuple) else ()), sum(oracle(x) for oracle in oracles))

@@ -610,6 +610,14 @@ def test_dense_with_the_powers_of_beta_is_momenmha(on):
     same_function(dense, tiny("MomenMHA", momentum_on=on, beta=0.6, eta=0.8))
 
 
+@pytest.mark.parametrize("splitting", definition.SPLITTINGS)
+def test_dense_starts_as_momenmha(splitting):
+    choices = dict(momentum_on="both", splitting=splitting, beta=0.6, eta=0.8)
+    dense, start = tiny("DenseMHA", **choices), conftest.tiny("DenseMHA", n_layer=3, **choices).state_dict()
+    dense.load_state_dict({name: start[name] for name in start if name.endswith(".raw")}, strict=False)  # without the noise
+    same_function(dense, tiny("MomenMHA", **choices))
+
+
 @pytest.mark.parametrize("choices", [dict(), dict(momentum_on="both"), dict(momentum_on="both", splitting="strang")], ids=str)
 def test_sums_go_as_far_as_momentum_along_given_directions(choices):
     """Where no direction depends on the iterate, the two end in one place."""
@@ -996,10 +1004,12 @@ def test_a_state_adds_up_small_numbers_under_autocast():
     assert torch.equal(S, torch.full((1, 1, 2, 2), 600.0))
 
 
-def test_linear_attention_in_float16_does_not_overflow():
-    q = torch.full((1, 1, 1024, 64), 3.0, dtype=torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_linear_attention_in_float16_does_not_overflow(dtype):
+    """dtype: of queries and keys, which qk_norm makes float32 on CUDA."""
+    v = torch.full((1, 1, 1024, 64), 3.0, dtype=torch.float16)
     with torch.autocast("cpu", torch.float16):
-        o, S = linear_attention(q, q, q, torch.zeros(1, 1, 1024))
+        o, S = linear_attention(v.to(dtype), v.to(dtype), v, torch.zeros(1, 1, 1024))
     assert o.isfinite().all() and S.isfinite().all()
 
 

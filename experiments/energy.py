@@ -197,6 +197,8 @@ def main(arguments):
     args = parser.parse_args(arguments)
 
     model, state = checkpoint.load_model(os.path.join(args.out_dir, args.ckpt))
+    if "config" not in state:
+        raise UserError(f"{args.out_dir} does not say what it was trained on: take a checkpoint of train.py")
     folder = os.path.join(args.data_dir or state["config"]["data_dir"], state["config"]["dataset"])
     found = energies(model, read(folder, args.split, args.sequences, state))
     print(table(found))

@@ -115,8 +115,10 @@ class Adapter(TemplateLM):
             choices = normalize_gen_kwargs(choices)
             prompt = self.tok_encode(context) or [self.eot_token_id]
             temperature = choices.get("temperature", 1.0) if choices["do_sample"] else 0
-            tokens = self.model.generate(torch.tensor([prompt], device=self.device), choices["max_gen_toks"], temperature,
-                                         choices.get("top_k"), stop=self.eot_token_id)[0, len(prompt) :].tolist()  # fmt: skip
+            top_k = max(0, choices.get("top_k") or 0) or None  # 0 and -1 mean all
+            start, top_p = torch.tensor([prompt], device=self.device), choices.get("top_p", 1.0)
+            text = self.model.generate(start, choices["max_gen_toks"], temperature, top_k, self.eot_token_id, top_p)
+            tokens = text[0, len(prompt) :].tolist()
             # the token table may have more rows than the tokenizer has tokens
             text = self.tokenizer.decode([t for t in tokens if t < self.tokenizer.n_vocab and t != self.eot_token_id])
             texts.append(postprocess_generated_text(text, choices["until"], None))

@@ -119,7 +119,7 @@ def finetune(model, rows, labels, settings, seed, title=""):
     nn.init.normal_(model.lm_head.weight, std=0.02)  # as all weights of the model started
     nn.init.zeros_(model.lm_head.bias)
     model.to(device).train()
-    cfg = train.Config(learning_rate=settings["learning_rate"], weight_decay=settings["weight_decay"])
+    cfg = train.Config(learning_rate=settings["learning_rate"], min_lr=0.0, weight_decay=settings["weight_decay"])
     (optimizer,) = train.optimizers(model, cfg, device.type)
     epochs = (batches(lengths, settings["batch_size"], rng) for _ in range(settings["epochs"]))
     bar = tqdm(itertools.chain.from_iterable(epochs), title, steps, leave=False, unit="step", disable=None)
@@ -212,6 +212,8 @@ def main(arguments):
     args = parser.parse_args(arguments)
     positive = ("epochs", "batch_size", "learning_rate", "limit")
     problems = [f"--{k} {v} must be positive" for k, v in vars(args).items() if k in positive and v is not None and v <= 0]
+    if not 0 <= args.weight_decay < math.inf:
+        problems.append(f"--weight_decay {args.weight_decay} must be at least 0 and finite")
     if unknown := [task for task in args.tasks if task not in TASKS]:
         problems.append(f"--tasks {' '.join(unknown)}: GLUE has {', '.join(TASKS)}")
     if problems:

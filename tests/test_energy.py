@@ -70,6 +70,9 @@ def test_what_does_not_fit_is_said(run):
     checkpoint.save(folder, state, best=True)
     with pytest.raises(UserError, match="does not fit"):
         energy.main([str(folder)])
+    save_run(folder, tiny("MHA", block_size=16))  # as nanoGPT's, without train.py's configuration
+    with pytest.raises(UserError, match="does not say what it was trained on"):
+        energy.main([str(folder)])
     with pytest.raises(UserError, match="no checkpoint"):
         energy.main([str(folder), "--ckpt", "none.pt"])
 

@@ -156,10 +156,11 @@ def test_generation_stops_before_its_stop_string(trained):
         assert write((context, dict(max_gen_toks=30))) == [whole]
         for choices in (dict(until=[stop, "never"]), dict(until=stop, do_sample=False, temperature=0.7)):
             assert write((context, choices | dict(max_gen_toks=30))) == [whole[: whole.index(stop)]]
-        assert write((context, dict(max_gen_toks=30, do_sample=True, top_k=1)), (context, dict(max_gen_toks=3))) == [
-            whole,
-            whole[:3],
-        ]
+        for one in (dict(top_k=1), dict(top_p=1e-9, top_k=-1)):
+            assert write((context, dict(max_gen_toks=30, do_sample=True) | one), (context, dict(max_gen_toks=3))) == [
+                whole,
+                whole[:3],
+            ]
     torch.manual_seed(1)
     for choices in (dict(do_sample=True), dict(temperature=2.0)):
         assert len(set(write(*[("three ", choices | dict(max_gen_toks=30))] * 3))) == 3

@@ -143,7 +143,8 @@ def test_a_seed_fixes_the_run(source, monkeypatch):
     assert steps == 6 and set(places[:20]) == set(places[20:]) and places[:20] != places[20:]
 
 
-def test_the_rate_rises_over_a_tenth_and_falls_to_nothing(source, monkeypatch):
+@pytest.mark.parametrize("rate", [1e-2, 2e-5])
+def test_the_rate_rises_over_a_tenth_and_falls_to_nothing(source, monkeypatch, rate):
     rows, labels, _ = glue.encode(glue.load(source, "cola")[0], BYTES, 32)
     optimizers, rates = train.optimizers, []
 
@@ -153,11 +154,11 @@ def test_the_rate_rises_over_a_tenth_and_falls_to_nothing(source, monkeypatch):
         return made
 
     monkeypatch.setattr(train, "optimizers", watched)
-    glue.finetune(tiny("YuriiFormer"), rows, labels, SETTINGS | dict(limit=160), 1)  # 20 steps
+    glue.finetune(tiny("YuriiFormer"), rows, labels, SETTINGS | dict(limit=160, learning_rate=rate), 1)  # 20 steps
     for matrices, norms, scalars in rates:
         assert norms == matrices and scalars == pytest.approx(5 * matrices)
     expected = [0.5, 1, 1, *(i / 18 for i in range(17, 0, -1))]
-    assert [groups[0] for groups in rates] == pytest.approx([1e-2 * share for share in expected])
+    assert [groups[0] for groups in rates] == pytest.approx([rate * share for share in expected])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

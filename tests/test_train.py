@@ -498,6 +498,10 @@ def test_surgery_refuses_what_would_change_the_function(data, trained, tmp_path)
         fit(data, tmp_path, init_from=tmp_path / "nag" / "ckpt.pt")
     again, metrics = fit(data, tmp_path / "again", variant="NagMHA", init_from=tmp_path / "nag" / "ckpt.pt", max_iters=1)
     assert again["model_config"]["beta"] == 0.9  # the same system: its weights, and a new run
+    fit(data, tmp_path / "light", variant="LightMHA2nd1st", init_from=trained / "ckpt.pt", n_embd=32, max_iters=2)
+    start = dict(variant="LightMHA2nd1st", init_from=tmp_path / "light" / "ckpt.pt", n_embd=32, max_iters=0)
+    light, _ = fit(data, tmp_path / "go_on", **start)  # whose tau was learned from 0, the variant's from 1
+    assert_same_tensors(light["model"], checkpoint.load(start["init_from"])["model"])
     looped, _ = fit(data, tmp_path / "loop", variant="NagMHA", n_loop=2, init_from=tmp_path / "nag" / "ckpt.pt", max_iters=1)
     assert looped["model_config"]["n_loop"] == 2
 
