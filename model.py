@@ -612,7 +612,7 @@ class Dense(nn.Module):
 
     def __init__(self, config, n_oracles, before, weight):
         super().__init__()
-        asked = [what for what in SPLITTINGS[config.splitting] if what in MOVED[config.momentum_on]]
+        asked = momentum_steps(config)
         gamma = torch.tensor([1 / asked.count(what) for what in asked]).repeat(config.n_layer)[: before + 1]
         self.w = Scalar(config.eta * gamma * config.beta ** torch.arange(before, -1, -1.0))
 
@@ -630,7 +630,7 @@ class Sums(Gradient):
     """
 
     def __init__(self, config, n_oracles, before, weight):
-        n = config.n_layer * sum(asked in MOVED[config.momentum_on] for asked in SPLITTINGS[config.splitting])
+        n = config.n_layer * len(momentum_steps(config))
         super().__init__(config, n_oracles, before, weight * config.eta * sum(config.beta**m for m in range(n - before)))
 
 
@@ -638,6 +638,11 @@ RULES = dict(none=Gradient, polyak=Polyak, nesterov=Nesterov, adam=Adam, dense=D
 # the steps of a layer, by what each asks: A attention, M the MLP. What strang takes twice has half the weight each time
 SPLITTINGS = dict(lie_trotter=("A", "M"), euler=("AM",), strang=("A", "M", "A"))
 MOVED = dict(attention=("A",), both=("A", "M", "AM"))  # the steps that use the momentum's rule; the others use Gradient
+
+
+def momentum_steps(config):
+    """The steps of a layer that use the momentum's rule, by what each asks, in their order."""
+    return [asked for asked in SPLITTINGS[config.splitting] if asked in MOVED[config.momentum_on]]
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import model as definition
 from device import keep_memory, short_dtype
 from experiments.arguments import parser_with
 from experiments.plot import line, new_figure, save
-from experiments.records import Records, markdown, windows
+from experiments.records import Records, markdown, text_of, windows
 from guard import UserError, cli
 from model import GPT, VARIANTS, GPTConfig, causal
 from train import Loss
@@ -328,9 +328,8 @@ def taylor(args):
     model, state = checkpoint.load_model(os.path.join(args.checkpoint, "best.pt"), DEVICE)
     if model.config.curvature != "newton":
         raise UserError(f"{args.checkpoint} has curvature={model.config.curvature}: train one with --curvature=newton")
-    folder = os.path.join(state["config"]["data_dir"], state["config"]["dataset"])
     found = []  # (layers, 3, nh, T) of each sequence
-    for idx in windows(folder, "val", args.sequences, state)[0].to(DEVICE):
+    for idx in windows(text_of(state), "val", args.sequences, state)[0].to(DEVICE):
         seen = []
 
         def look(attn, inputs, seen=seen):

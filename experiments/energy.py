@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 import checkpoint
 from experiments.arguments import parser_with
 from experiments.plot import plt, save
-from experiments.records import windows
+from experiments.records import text_of, windows
 from guard import UserError, cli
 from model import Scalar, causal
 
@@ -197,10 +197,7 @@ def main(arguments):
     args = parser.parse_args(arguments)
 
     model, state = checkpoint.load_model(os.path.join(args.out_dir, args.ckpt))
-    if "config" not in state:
-        raise UserError(f"{args.out_dir} does not say what it was trained on: take a checkpoint of train.py")
-    folder = os.path.join(args.data_dir or state["config"]["data_dir"], state["config"]["dataset"])
-    found = energies(model, read(folder, args.split, args.sequences, state))
+    found = energies(model, read(text_of(state, args.data_dir), args.split, args.sequences, state))
     print(table(found))
     fig = draw(found, scalars(model), model.config, f"{model.config.variant} after {state['step']:,} steps")
     save(fig, args.out)

@@ -14,6 +14,13 @@ from files import lock, replacing
 from guard import UserError
 
 
+def text_of(state, data_dir=None):
+    """The folder of the text that the run of a checkpoint read, or of its namesake below data_dir. Raises UserError."""
+    if "config" not in state:
+        raise UserError("the checkpoint does not say what it was trained on: take a checkpoint of train.py")
+    return os.path.join(data_dir or state["config"]["data_dir"], state["config"]["dataset"])
+
+
 def windows(folder, split, count, state):
     """
     Inputs and targets of at most count evenly spaced windows of a data set's split, (count, block_size) each, for the model of

@@ -25,7 +25,7 @@ import checkpoint
 from data import fingerprint, read_meta
 from device import pick_device
 from experiments.arguments import parser_with
-from experiments.records import Records, made, markdown, mean_sd, windows, write
+from experiments.records import Records, made, markdown, mean_sd, text_of, windows, write
 from files import sha256
 from guard import UserError, cli
 from log import system
@@ -176,9 +176,7 @@ def main(arguments):
         for run in args.runs:
             path = os.path.join(run, args.ckpt)
             model, state = checkpoint.load_model(path, device)
-            if "config" not in state:
-                raise UserError(f"{path} does not say what it was trained on: take a checkpoint of train.py")
-            folder = os.path.join(args.data_dir or state["config"]["data_dir"], state["config"]["dataset"])
+            folder = text_of(state, args.data_dir)
             settings = ("ckpt", "batches", "batch_size", "probes", "iterations", "seed", "split")
             identity = dict(run=run, sha256=sha256(path), data=fingerprint(read_meta(folder)))
             identity |= {k: getattr(args, k) for k in settings}
